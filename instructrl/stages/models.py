@@ -1,0 +1,152 @@
+"""Loading and saving models: folders and the Hub, safetensors only, with errors in one sentence."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from instructrl.config import Recipe
+from instructrl.errors import UserError
+from instructrl.stages.template import Template
+
+PAD = "<|pad|>"
+
+
+def device(recipe: Recipe) -> torch.device:
+    """Where the stage computes: `runtime.device`, or the first of cuda, mps and cpu that this machine has."""
+    wanted = recipe.runtime.device
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("runtime.device=cuda: this machine has no CUDA device; set runtime.device=cpu or auto.")
+    if wanted == "mps" and not torch.backends.mps.is_available():
+        raise UserError("runtime.device=mps: this machine has no Metal device; set runtime.device=cpu or auto.")
+    return torch.device(wanted)
+
+
+def load_tokenizer(path: Path | str, recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or Hub id. It must have an EOS token.
+
+    Raises:
+        UserError: nothing usable is there.
+    """
+    tokenizer = _from(AutoTokenizer, path, recipe)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{path}: the tokenizer has no EOS token, which ends every response.")
+    return tokenizer
+
+
+def load_policy(path: Path | str, recipe: Recipe) -> PreTrainedModel:
+    """A causal language model in the recipe's precision, in eval mode, on the stage's device.
+
+    Raises:
+        UserError: nothing usable is there.
+    """
+    return _model(AutoModelForCausalLM, path, recipe)
+
+
+def load_reward_model(path: Path | str, recipe: Recipe) -> tuple[PreTrainedModel, float]:
+    """A reward model and its bias: the demonstrations' mean score, to be subtracted from every score (App. C.2)."""
+    model = _model(AutoModelForSequenceClassification, path, recipe)
+    return model, float(getattr(model.config, "reward_bias", 0.0))
+
+
+def init_reward_model(path: Path | str, recipe: Recipe) -> PreTrainedModel:
+    """The policy's trunk with a new scalar head, without bias, in place of the unembedding (paper, 3.5).
+
+    The head starts at standard deviation 1 / sqrt(hidden size + 1), as OpenAI's earlier code does (arXiv 2403.17031).
+    """
+    model = _model(AutoModelForSequenceClassification, path, recipe, num_labels=1)
+    width = model.score.in_features
+    torch.nn.init.normal_(model.score.weight, std=(width + 1) ** -0.5)
+    return model
+
+
+def ensure_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give both a pad token that is not EOS: with pad = EOS the reward model would read the token before EOS.
+
+    Adds `<|pad|>` and its row in the embedding if needed. Called in `sft` only; every later stage inherits it.
+    """
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": PAD})
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if model.generation_config is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def save(model: PreTrainedModel, template: Template, folder: Path) -> None:
+    """Write weights (safetensors), config, tokenizer and template: a folder that the stock Auto classes load."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    template.save(folder)
+
+
+def _model(kind: Any, path: Path | str, recipe: Recipe, **options: Any) -> PreTrainedModel:
+    dtype = getattr(torch, recipe.model.dtype)
+    return _from(kind, path, recipe, use_safetensors=True, dtype=dtype, **options).eval().to(device(recipe))
+
+
+def _from(kind: Any, path: Path | str, recipe: Recipe, **options: Any) -> Any:
+    """`kind.from_pretrained`, whose many kinds of failure become one sentence."""
+    options |= where(str(path), recipe) | {"trust_remote_code": recipe.model.trust_remote_code}
+    folder = Path(path).expanduser()
+    try:
+        return kind.from_pretrained(str(folder) if folder.is_dir() else str(path), **options)
+    except (OSError, ValueError) as error:
+        if folder.is_dir() and not any(folder.glob("*.safetensors")):
+            raise UserError(f"model.path={path}: the folder holds no .safetensors weights, the only format read.") from error
+        raise UserError(f"model.path={path} cannot be loaded: {_first_line(error)}") from error
+
+
+def where(path: str, recipe: Recipe) -> dict[str, Any]:
+    """How `from_pretrained` shall look for a folder or a Hub id.
+
+    Raises:
+        UserError: there is no such folder, it holds no config.json, the Hub has no such id, or there is no network.
+    """
+    folder, revision = Path(path).expanduser(), recipe.model.revision
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model.path={path}: the folder holds no config.json, so it is not a saved model.")
+        return {"local_files_only": True}
+    if folder.exists():
+        raise UserError(f"model.path={path} is a file; give the folder that holds config.json and the weights.")
+    if path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path:
+        raise UserError(f"model.path={path}: there is no such folder.")
+    offline = recipe.runtime.offline or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+    why = "runtime.offline is set and it is not in the local cache"
+    if not offline:
+        try:
+            HfApi().model_info(path, revision=revision, timeout=10)
+            return {"revision": revision}
+        except HFValidationError as error:
+            raise UserError(f"model.path={path} is neither a folder nor a Hub id: {_first_line(error)}") from error
+        except RevisionNotFoundError as error:
+            raise UserError(f"model.path={path}: the Hub has it, but not model.revision={revision}.") from error
+        except RepositoryNotFoundError as error:
+            raise UserError(
+                f"model.path={path}: there is no such folder, and the Hub has no such model, or it is private."
+            ) from error
+        except Exception:  # whatever the HTTP client of the day raises without a network: the cache may still have it
+            why = "the Hub cannot be reached"
+    if isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str):
+        return {"revision": revision, "local_files_only": True}
+    raise UserError(
+        f"model.path={path}: there is no such folder, and {why}; give a local folder, or try again with a network."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".") + "."
