@@ -106,7 +106,7 @@ def _from(kind: Any, path: Path | str, recipe: Recipe, **options: Any) -> Any:
         return kind.from_pretrained(str(folder) if folder.is_dir() else str(path), **options)
     except (OSError, ValueError) as error:
         if folder.is_dir() and not any(folder.glob("*.safetensors")):
-            raise UserError(f"model.path={path}: the folder holds no .safetensors weights, the only format read.") from error
+            raise UserError(f"model.path={path}: it holds no .safetensors weights, the only kind read.") from error
         raise UserError(f"model.path={path} cannot be loaded: {_first_line(error)}") from error
 
 

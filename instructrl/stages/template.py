@@ -1,11 +1,13 @@
 """What a model reads and writes, as token ids: the one path from text to ids that every stage uses."""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from instructrl.config import Recipe
 from instructrl.errors import UserError
 
 FILE = "template.json"
@@ -71,3 +73,28 @@ class Template:
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most tokens a prompt, a response and both together may have."""
+
+    prompt: int
+    response: int
+    both: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, model: PreTrainedModel) -> "Limits":
+        """`data.max_prompt_tokens`, `data.max_response_tokens` (App. C: 1k each) and the model's context."""
+        context = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+        return cls(recipe.data.max_prompt_tokens, recipe.data.max_response_tokens, context)
+
+    def problem(self, prompt: list[int], response: list[int]) -> str | None:
+        """Why the two are dropped, in words that a count is put before, or None."""
+        if len(prompt) > self.prompt:
+            return f"with a prompt above data.max_prompt_tokens={self.prompt}"
+        if len(response) > self.response:
+            return f"with a response above data.max_response_tokens={self.response}"
+        if len(prompt) + len(response) > self.both:
+            return f"longer than the model's context of {self.both} tokens"
+        return None

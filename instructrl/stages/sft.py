@@ -1,0 +1,213 @@
+"""Supervised fine-tuning on demonstrations: TRL's SFTTrainer with the paper's settings (3.5, App. C.1)."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.nn.functional as F
+from datasets import Dataset, disable_progress_bars
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl import SFTConfig, SFTTrainer
+
+from instructrl.config import Recipe
+from instructrl.errors import UserError
+from instructrl.stages import models
+from instructrl.stages.arguments import trainer_arguments
+from instructrl.stages.checkpoints import FOLDER, train
+from instructrl.stages.tables import read_table
+from instructrl.stages.template import Limits, Template
+from instructrl.trainers.muon import MuonAdamW, parameter_groups
+from instructrl.trainers.sampler import LengthBuckets
+
+
+def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dict:
+    """Write the policy to `folder/model`.
+
+    Returns:
+        demonstrations, dropped (reason -> rows), steps, train_loss; valid_loss and valid_accuracy (of the next token)
+        where there are held-out demonstrations.
+
+    Raises:
+        UserError: the model cannot be loaded, a response is empty, or no demonstration is short enough.
+    """
+    disable_progress_bars()
+    path = inputs["pretrain"] / "model" if "pretrain" in inputs else recipe.model.path
+    tokenizer = models.load_tokenizer(path, recipe)
+    model = models.load_policy(path, recipe)
+    models.ensure_pad(model, tokenizer)
+    template = Template(tokenizer, recipe.model.template)
+    rows, dropped = encode(inputs["data"] / "demonstrations.train.parquet", template, Limits.of(recipe, model))
+    held_out, _ = encode(inputs["data"] / "demonstrations.valid.parquet", template, Limits.of(recipe, model))
+    if not rows:
+        raise UserError(f"sft has no demonstration left; dropped: {counted(dropped)}.")
+
+    trainer = FastSFTTrainer(
+        model=model,
+        args=arguments(recipe, folder / FOLDER),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(held_out) if held_out else None,
+        processing_class=tokenizer,
+        optimizers=(optimizer(model, recipe), None),
+    )
+    with residual_dropout(model, recipe.sft.residual_dropout):
+        train_loss = train(trainer, folder, recipe.runtime.save_minutes)
+    metrics = {
+        "demonstrations": len(rows),
+        "dropped": dict(dropped),
+        "steps": trainer.state.global_step,
+        "train_loss": train_loss,
+    }
+    if held_out:
+        result = trainer.evaluate()
+        metrics |= {"valid_loss": result["eval_loss"], "valid_accuracy": result["eval_mean_token_accuracy"]}
+    models.save(model, template, folder / "model")
+    return metrics
+
+
+def arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
+    """TRL's config. The loss is on the response only if the recipe says so: the paper does not tell."""
+    arguments = trainer_arguments(SFTConfig, recipe, "sft", checkpoints)
+    arguments.completion_only_loss = recipe.sft.completion_only_loss
+    return arguments
+
+
+def optimizer(model: PreTrainedModel, recipe: Recipe) -> MuonAdamW | None:
+    """Muon and AdamW if the recipe has a rate for Muon; None: Trainer makes AdamW."""
+    settings = recipe.sft
+    if settings.muon_learning_rate is None:
+        return None
+    groups = parameter_groups(model, settings.learning_rate, settings.muon_learning_rate)
+    return MuonAdamW(groups, betas=(0.9, settings.adam_beta2))
+
+
+def encode(path: Path, template: Template, limits: Limits) -> tuple[list[dict], Counter]:
+    """(rows for TRL, why the others were dropped).
+
+    A row is `input_ids`, prompt and response joined, and `completion_mask`, 1 on the response's tokens, EOS included.
+
+    Raises:
+        UserError: a response is empty.
+    """
+    rows, dropped = [], Counter()
+    for number, row in enumerate(read_table(path), 1):
+        if not row["response"].strip():
+            raise UserError(f"demonstration {number} has an empty response; its prompt is {row['prompt'][:60]!r}.")
+        prompt, response = template.prompt(row["prompt"]), template.response(row["response"])
+        problem = limits.problem(prompt, response)
+        if problem:
+            dropped[problem] += 1
+        else:
+            rows.append({"input_ids": prompt + response, "completion_mask": [0] * len(prompt) + [1] * len(response)})
+    return rows, dropped
+
+
+def counted(dropped: Counter) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
+
+
+class FastSFTTrainer(SFTTrainer):
+    """TRL's SFTTrainer with rows of similar length in a batch and, on a CPU, a faster way to the same loss.
+
+    TRL computes the unembedding in chunks over all tokens, prompts included, and again in the backward pass, to save
+    memory. Here it is computed once, and only for tokens that count.
+    """
+
+    # Their logits are the unembedding of the trunk's output, with nothing in between.
+    PLAIN = frozenset({"gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3"})
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthBuckets:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthBuckets([len(ids) for ids in rows["input_ids"]], batch_size, self.args.seed)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        plain = model is self.model and model.config.model_type in self.PLAIN and self.args.loss_type == "nll"
+        if return_outputs or not plain or model.device.type != "cpu" or self.label_smoother is not None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        logits, targets = labelled(model, inputs)
+        self._count(logits.detach(), targets, inputs["attention_mask"])
+        tokens = len(targets) if num_items_in_batch is None else num_items_in_batch
+        return F.cross_entropy(logits, targets, reduction="sum") / max(int(tokens), 1)
+
+    def _count(self, logits: Tensor, targets: Tensor, attention_mask: Tensor) -> None:
+        """TRL's metrics: the mean entropy of the next token, and how often the likeliest one is right."""
+        mode = "train" if self.model.training else "eval"
+        logprobs = logits.log_softmax(-1)
+        self._metrics[mode]["entropy"].append(-(logprobs.exp() * logprobs).sum(-1).mean().item())
+        self._metrics[mode]["mean_token_accuracy"].append((logits.argmax(-1) == targets).float().mean().item())
+        if mode == "train":
+            self._total_train_tokens += int(attention_mask.sum())
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+
+def labelled(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits of the tokens that count, and those tokens.
+
+    inputs: input_ids, attention_mask, labels, each [rows, length]; a label of -100 does not count.
+    -> [tokens, vocabulary], [tokens]
+    """
+    labels = inputs["labels"][:, 1:]
+    counts = labels != -100
+    trunk = model.base_model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+    hidden = trunk.last_hidden_state[:, :-1][counts]  # [tokens, width]
+    return model.get_output_embeddings()(hidden).float(), labels[counts]
+
+
+@contextlib.contextmanager
+def residual_dropout(model: PreTrainedModel, share: float) -> Iterator[None]:
+    """Drop that share of each attention's and MLP's output before it joins the residual stream (App. C.1).
+
+    GPT-2 has dropout layers there; they get this share, and their own back at the end. Llama and its relatives have none:
+    hooks do it. Neither leaves a trace in the saved model.
+
+    Raises:
+        UserError: an architecture of another form, and the share is not 0.
+    """
+    own = residual_dropout_layers(model)
+    branches = [] if own else residual_branches(model)
+    if share and not own and not branches:
+        raise UserError(
+            f"sft.residual_dropout={share}: the residual stream of a {model.config.model_type} model is not known here; "
+            "set sft.residual_dropout=0."
+        )
+    before = [layer.p for layer in own]
+    for layer in own:
+        layer.p = share
+    hooks = [branch.register_forward_hook(dropout_hook(share)) for branch in branches if share]
+    try:
+        yield
+    finally:
+        for layer, p in zip(own, before, strict=True):
+            layer.p = p
+        for hook in hooks:
+            hook.remove()
+
+
+def residual_dropout_layers(model: PreTrainedModel) -> list[nn.Dropout]:
+    """The model's own dropout layers on residual branches: GPT-2's and GPT-NeoX's."""
+    if model.config.model_type == "gpt2":
+        return [layer for block in model.base_model.h for layer in (block.attn.resid_dropout, block.mlp.dropout)]
+    if model.config.model_type == "gpt_neox":
+        layers = model.base_model.layers
+        return [dropout for layer in layers for dropout in (layer.post_attention_dropout, layer.post_mlp_dropout)]
+    return []
+
+
+def residual_branches(model: PreTrainedModel) -> list[nn.Module]:
+    """The attentions and MLPs of Llama and its relatives, whose output is added to the residual stream as it is."""
+    if model.config.model_type not in ("llama", "mistral", "qwen2", "qwen3"):
+        return []
+    return [branch for layer in model.base_model.layers for branch in (layer.self_attn, layer.mlp)]
+
+
+def dropout_hook(share: float):
+    """A forward hook that drops from the output, or from the first of several outputs."""
+
+    def hook(module: nn.Module, arguments: tuple, output: Tensor | tuple) -> Tensor | tuple:
+        if isinstance(output, tuple):
+            return (F.dropout(output[0], share, module.training), *output[1:])
+        return F.dropout(output, share, module.training)
+
+    return hook
