@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable
 
 from instructrl.world.answers import web_answer
-from instructrl.world.gold import correct
+from instructrl.world.checks import correct
 from instructrl.world.lexicon import (
     ATTRIBUTES,
     CATEGORIES,

@@ -71,7 +71,7 @@ class Lexicon:
             "color": COLORS,
             "person": self.everyone,
             "verdict": ("good", "bad"),
-            "fate": ("lost", "found"),
+            "verb": ("lost", "found"),
         }
         return {kind: frozenset(word.lower() for word in words) for kind, words in kinds.items()}
 
