@@ -102,9 +102,12 @@ def ppo_loss(policy_losses: Tensor, value_losses: Tensor, vf_coef: float, num_to
     return (policy_losses.sum() + vf_coef * value_losses.sum()) / num_tokens
 
 
-def ptx_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log p(x): the pretraining term of eq. 2 (section 3.5), summed over tokens. logits [M, V], targets [M] -> []."""
-    return -token_logprobs(logits, targets).sum()
+def ptx_loss(logprobs: Tensor, denominator: int) -> Tensor:
+    """-sum log p(x) / D: the pretraining term of eq. 2 (section 3.5) for one micro-batch. logprobs [M] -> [].
+
+    D is the minibatch's number of tokens (a mean over tokens) or of examples (a sum over an example's tokens).
+    """
+    return -logprobs.sum() / denominator
 
 
 def kwise_loss(scores: Tensor, group: Tensor, rank: Tensor) -> Tensor:
