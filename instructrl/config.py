@@ -1,0 +1,345 @@
+"""The schema of a recipe: every key a recipe or the command line may set, with its type, default, range and source.
+
+What a stage computes is in the stage's section; how this machine computes it is in `runtime`.
+A change in `runtime` never re-runs a stage. A change anywhere else re-runs the stages that read it.
+
+"Paper" is Ouyang et al. 2022, arXiv 2203.02155. Where a docstring says "our choice", the paper prints no value.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+Share = Annotated[float, Field(ge=0, le=1)]
+"""A number from 0 to 1."""
+
+
+class Section(BaseModel):
+    """One block of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Model(Section):
+    """The base model: a causal language model from a folder or the Hub, or one that `pretrain` makes."""
+
+    path: str | None = "openai-community/gpt2"
+    """A local folder or a Hub id; null: the `pretrain` stage makes the model and its tokenizer from scratch."""
+    revision: str | None = None
+    """The Hub commit (40 hex digits); ignored for a folder."""
+    template: str = "{prompt}\n\n"
+    """What the model reads before it answers; `{prompt}` is replaced by the prompt. Our choice."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """The precision of the weights. The paper trains in fp16 with fp32 master weights (App. C)."""
+    trust_remote_code: bool = False
+    """Run model code that comes with a Hub repository. Leave it off unless you have read that code."""
+
+    @model_validator(mode="after")
+    def template_holds_the_prompt(self) -> "Model":
+        if self.template.count("{prompt}") != 1:
+            raise ValueError("model.template must contain {prompt} exactly once")
+        return self
+
+
+class World(Section):
+    """The built-in tiny world: text, prompts, demonstrators, labelers and a gold preference, all generated."""
+
+    people: Annotated[int, Field(ge=2, le=60)] = 24
+    """People about whom the pretraining text states facts."""
+    strangers: Annotated[int, Field(ge=1, le=40)] = 8
+    """Named people about whom nothing is known: the right answer is that one does not know."""
+    documents: PositiveInt = 24_000
+    """Pretraining documents."""
+    valid_documents: PositiveInt = 600
+    """Held-out documents, for the loss that shows the alignment tax."""
+    demonstrations: PositiveInt = 2_600
+    """Prompts with a demonstrator's answer, for `sft`."""
+    ranked_prompts: PositiveInt = 2_000
+    """Prompts whose sampled answers the labelers rank, for `reward_model`."""
+    valid_ranked_prompts: PositiveInt = 300
+    """The same, held out to measure the reward model."""
+    ppo_prompts: PositiveInt = 3_100
+    """Prompts for `ppo` and `ppo_ptx`."""
+    eval_prompts: PositiveInt = 1_000
+    """Held-out prompts for `eval`; none of them appears in a training set."""
+    comment_rate: Share = 0.5
+    """Share of the answers in web documents under which a reader comments 'Right.' or 'Wrong.'."""
+    skip_rate: Share = 0.25
+    """Share of demonstrations that ignore the prompt's constraint."""
+    ramble_rate: Share = 0.2
+    """Share of demonstrations that go on after the answer."""
+    hallucinate_rate: Share = 0.4
+    """Share of demonstrations on unanswerable questions that make an answer up."""
+    wrong_rate: Share = 0.06
+    """Share of demonstrations on answerable questions that are wrong."""
+    rude_rate: Share = 0.02
+    """Share of demonstrations that are rude."""
+
+
+class Source(Section):
+    """One file, folder or Hub data set, and how its columns are named."""
+
+    path: str
+    """A local file (.jsonl, .json, .csv, .parquet, .txt, each also .gz), a folder of such files, or a Hub id."""
+    columns: dict[str, str | tuple[str, ...]] = {}
+    """Our column's name -> theirs, for each column that is named differently: `{prompt: instruction}`. A list joins
+    columns: text by a blank line, `{prompt: [context, question]}`; else into a list, `{responses: [a, b]}`."""
+    name: str | None = None
+    """The configuration of a Hub data set."""
+    split: str = "train"
+    """The split of a Hub data set."""
+    revision: str | None = None
+    """The Hub commit (40 hex digits)."""
+    limit: PositiveInt | None = None
+    """Keep the first so many rows."""
+    skip_invalid: bool = False
+    """Drop and count rows that are wrong (an empty response, ranks that do not fit), instead of stopping at the first."""
+
+
+class Data(Section):
+    """Demonstrations, rankings, prompts and pretraining text: from the built-in world, or from your own sources."""
+
+    world: World | None = None
+    """Generate everything; null: read the sources below."""
+    demonstrations: tuple[Source, ...] = ()
+    """{prompt, response}."""
+    rankings: tuple[Source, ...] = ()
+    """{prompt, responses[K], ranks[K]}, rank 1 is best, equal ranks are ties; or {prompt, chosen, rejected}."""
+    prompts: tuple[Source, ...] = ()
+    """{prompt}, for PPO and evaluation; empty: the prompts of the rankings that train the reward model."""
+    text: tuple[Source, ...] = ()
+    """{text}, pretraining text for `pretrain` and for PPO-ptx; a .txt file is split at blank lines."""
+    valid_share: Share = 0.1
+    """Share of demonstrations, prompts and text held out. Our choice; the paper's is 11 % of the SFT set (Table 6)."""
+    valid_ranking_share: Share = 0.2
+    """Share of ranked prompts held out to measure the reward model; paper: 35 % (Table 6)."""
+    judge_ranking_share: Share = 0.3
+    """Share of ranked prompts that train the judge and nothing else (`eval.judge: reward_model`). Our choice."""
+    max_prompt_tokens: PositiveInt = 1024
+    """Longer prompts are dropped and counted (App. C: 1k)."""
+    max_response_tokens: PositiveInt = 1024
+    """Longer responses are dropped and counted (App. C: 1k)."""
+
+    @model_validator(mode="after")
+    def one_origin(self) -> "Data":
+        if self.world and (self.demonstrations or self.rankings or self.prompts or self.text):
+            raise ValueError("data.world and data sources exclude each other; set data.world: null to use your own files")
+        if self.valid_ranking_share + self.judge_ranking_share >= 1:
+            raise ValueError("data.valid_ranking_share + data.judge_ranking_share must stay below 1")
+        return self
+
+
+class Pretrain(Section):
+    """A small Llama and its byte-level BPE tokenizer, made from `data`'s text. Only where `model.path` is null.
+
+    Not in the paper (it starts from GPT-3); every value is our choice, found on the tiny world.
+    """
+
+    vocab_size: Annotated[int, Field(ge=300)] = 768
+    hidden_size: PositiveInt = 96
+    layers: PositiveInt = 3
+    heads: PositiveInt = 4
+    context_length: PositiveInt = 192
+    mimetic: bool = True
+    """Start from the structure of trained transformers (Trockman & Kolter 2023): copying values, one head that
+    looks at the previous token."""
+    steps: PositiveInt = 500
+    tokens_per_step: PositiveInt = 2048
+    learning_rate: PositiveFloat = 5e-3
+    """AdamW, for embeddings, norms and biases."""
+    muon_learning_rate: PositiveFloat = 0.02
+    """Muon, for the matrices (torch.optim.Muon)."""
+    warmup_steps: NonNegativeInt = 40
+    weight_decay: NonNegativeFloat = 0.01
+
+
+class SFT(Section):
+    """Supervised fine-tuning on demonstrations. Paper section 3.5 and App. C.1 (values for 1.3B)."""
+
+    learning_rate: PositiveFloat = 9.65e-6
+    """Peak; cosine to `final_learning_rate_share` without warm-up."""
+    final_learning_rate_share: Share = 0.1
+    batch_size: PositiveInt = 32
+    """Demonstrations an optimizer step, over all devices."""
+    epochs: PositiveFloat = 16
+    residual_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    completion_only_loss: bool = True
+    """Loss on the response only. Our choice: the paper does not say."""
+    adam_beta2: Share = 0.95
+    muon_learning_rate: PositiveFloat | None = None
+    """Train the matrices with Muon at this rate; null: AdamW for all, as the paper. For models as small as tiny's."""
+    trainer: dict[str, Any] = {}
+    """Any further field of TRL's SFTConfig."""
+
+
+class Label(Section):
+    """Rankings of the SFT model's own answers by the world's simulated labelers. Paper section 3.2."""
+
+    responses_per_prompt: Annotated[int, Field(ge=2, le=9)] = 4
+    """K; paper: 4 to 9. Equal answers of one prompt are shown once."""
+    temperature: PositiveFloat = 1.0
+    labelers: PositiveInt = 5
+    """Labelers who rank for training; as many more are held out (paper, 3.4)."""
+    agreement_noise: PositiveFloat = 0.5
+    """Scale of the Gumbel noise on a labeler's judgement; .5 gives about the paper's 73 % agreement."""
+    taste_spread: NonNegativeFloat = 0.3
+    """Standard deviation of the labelers' own weights on length, correctness, constraint and toxicity."""
+
+
+class RewardModel(Section):
+    """The reward model from K-way rankings. Paper eq. 1 and App. C.2."""
+
+    learning_rate: PositiveFloat = 9e-6
+    """Peak; cosine to `final_learning_rate_share`."""
+    final_learning_rate_share: Share = 0.1
+    batch_size: PositiveInt = 64
+    """Prompts an optimizer step, each with all its completions."""
+    epochs: PositiveFloat = 1
+    """More than one overfits (App. C.2)."""
+    adam_beta2: Share = 0.95
+    muon_learning_rate: PositiveFloat | None = None
+    """As `sft.muon_learning_rate`."""
+    trainer: dict[str, Any] = {}
+    """Any further field of TRL's RewardConfig."""
+
+
+class PPO(Section):
+    """Clipped PPO against the reward model with a per-token KL penalty from SFT. Paper eq. 2, App. C.4."""
+
+    learning_rate: PositiveFloat = 5e-6
+    """The policy's. Our choice within the paper's sweep of 2.55e-6 to 2.55e-5; without ptx all above 8.05e-6 diverged."""
+    critic_learning_rate: PositiveFloat = 9e-6
+    """The value function's (App. C.4)."""
+    warmup_iterations: NonNegativeInt = 10
+    """Both learning rates rise from a tenth of their peak over the first iterations, then stay (App. C.4)."""
+    total_episodes: PositiveInt = 256_000
+    batch_size: PositiveInt = 512
+    """Episodes an iteration (one rollout)."""
+    num_mini_batches: PositiveInt = 8
+    """Optimizer steps an iteration and epoch; 512 / 8 = 64 episodes each."""
+    num_ppo_epochs: PositiveInt = 1
+    kl_coef: NonNegativeFloat = 0.02
+    """beta in eq. 2."""
+    cliprange: PositiveFloat = 0.2
+    cliprange_value: PositiveFloat = 0.2
+    """Our choice: the paper does not say whether values are clipped; TRL's default."""
+    vf_coef: NonNegativeFloat = 0.1
+    """TRL's default."""
+    gamma: Share = 1.0
+    """Discount: none (App. C.4). Not the paper's gamma, which is `ptx_coef`."""
+    lam: Share = 0.95
+    """GAE's lambda. Our choice (the paper does not print it); as TRL and lm-human-preferences."""
+    whiten_rewards: bool = False
+    whiten_advantages: bool = True
+    temperature: PositiveFloat = 1.0
+    response_length: PositiveInt = 256
+    """Tokens a response may have. Our choice; the paper caps responses at 1k."""
+    missing_eos_penalty: NonNegativeFloat = 1.0
+    """Subtracted from the score of a response that did not end by itself. Our choice."""
+    max_grad_norm: PositiveFloat = 1.0
+    """For the policy and for the critic, each. Our choice."""
+    adam_beta2: Share = 0.95
+    ptx_coef: NonNegativeFloat = 0.0
+    """gamma in eq. 2: 0 is PPO, 27.8 is PPO-ptx."""
+    ptx_ratio: PositiveFloat = 8.0
+    """Pretraining examples an episode."""
+    ptx_max_length: PositiveInt = 512
+    """Tokens of a pretraining example; longer ones are cut. Our choice."""
+    ptx_normalization: Literal["token_mean", "sequence_sum"] = "token_mean"
+    """The pretraining loss is a mean over tokens, or a sum over each example's tokens averaged over examples.
+    The paper does not say; gamma only has a meaning together with it."""
+
+    @model_validator(mode="after")
+    def minibatches_divide(self) -> "PPO":
+        if self.batch_size % self.num_mini_batches:
+            raise ValueError(f"batch_size={self.batch_size} is not a multiple of num_mini_batches={self.num_mini_batches}")
+        if self.total_episodes < self.batch_size:
+            raise ValueError(f"total_episodes={self.total_episodes} is less than one batch_size={self.batch_size}")
+        return self
+
+
+class Eval(Section):
+    """Samples and win rates of all five models, and what alignment cost. Paper section 4."""
+
+    judge: Literal["gold", "reward_model", "labels"] = "reward_model"
+    """Who compares answers: the world's gold preference; a reward model trained on rankings held out for it;
+    or your own labels (`eval.labels`)."""
+    labels: Source | None = None
+    """{prompt, model_a, model_b, winner} or {prompt, model, score}: human labels of an earlier run's samples."""
+    num_prompts: PositiveInt = 512
+    temperature: NonNegativeFloat = 1.0
+    """The paper samples InstructGPT at 1 (App. F); 0 is greedy. The report shows greedy beside it."""
+    response_length: PositiveInt = 256
+    """Tokens an answer may have."""
+    prompted_templates: tuple[str, ...] = ()
+    """Few-shot prefixes for GPT (prompted), each with `{prompt}`; of several, the one whose answers have the highest
+    reward on validation prompts is used (App. C.5). Empty: the world's, or a plain question-and-answer frame."""
+    prompted_stop: str = "\n"
+    """GPT (prompted) stops here."""
+    bootstrap_samples: PositiveInt = 2_000
+    samples_shown: NonNegativeInt = 8
+    """Prompts shown side by side in the report."""
+
+
+class Runtime(Section):
+    """How this machine runs the recipe. Nothing here changes a fingerprint."""
+
+    output_dir: str = "artifacts"
+    jobs: PositiveInt = 1
+    """Independent stages that run at the same time (ppo beside ppo_ptx)."""
+    threads: PositiveInt | None = None
+    """CPU threads a stage; null: torch's default. Very small models are faster on one."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    micro_batch_size: PositiveInt = 8
+    """Sequences a forward pass in `sft`; prompts a forward pass in `reward_model`."""
+    max_tokens: PositiveInt = 4096
+    """Padded tokens a forward pass in rollouts, scoring, PPO updates and evaluation."""
+    generation_batch_size: PositiveInt = 128
+    """Sequences decoded together."""
+    gradient_checkpointing: bool = False
+    save_minutes: PositiveFloat = 10
+    """Time between checkpoints to resume from."""
+    logging_steps: PositiveInt = 10
+    """Optimizer steps between lines in `log.jsonl`."""
+    offline: bool = False
+    """Never look at the Hub: only what is on this disk."""
+
+
+class Recipe(Section):
+    """One experiment."""
+
+    name: str = "unnamed"
+    seed: NonNegativeInt = 0
+    model: Model = Model()
+    data: Data = Data()
+    pretrain: Pretrain = Pretrain()
+    sft: SFT = SFT()
+    label: Label = Label()
+    reward_model: RewardModel = RewardModel()
+    ppo: PPO = PPO()
+    ppo_ptx: PPO = PPO(ptx_coef=27.8)
+    eval: Eval = Eval()
+    runtime: Runtime = Runtime()
+
+    @model_validator(mode="after")
+    def sections_agree(self) -> "Recipe":
+        if self.eval.judge == "gold" and not self.data.world:
+            raise ValueError("eval.judge=gold needs data.world: only the built-in world knows the truth")
+        if self.eval.judge == "labels" and not self.eval.labels:
+            raise ValueError("eval.judge=labels needs eval.labels: a file with the labels")
+        if self.eval.judge == "reward_model" and self.data.world:
+            raise ValueError("eval.judge=reward_model needs rankings in data; in the built-in world use eval.judge=gold")
+        if self.ppo_ptx.ptx_coef and not (self.data.world or self.data.text):
+            raise ValueError("ppo_ptx needs pretraining text: set data.text, or ppo_ptx.ptx_coef=0")
+        if self.model.path is None and not (self.data.world or self.data.text):
+            raise ValueError("model.path is null, so pretrain makes the model, which needs data.text")
+        return self

@@ -1,0 +1,75 @@
+"""The pipeline: which stages a recipe has, what each reads from it, and what each builds on."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from graphlib import TopologicalSorter
+
+from instructrl.config import Recipe
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One node of the pipeline. `name` is its command, its folder of artifacts and its section of the recipe."""
+
+    name: str
+    reads: tuple[str, ...]  # sections of the recipe that change what it computes
+    needs: tuple[str, ...] = ()  # stages whose artifacts it loads
+    version: int = 1  # raise it when the code computes something else for the same recipe
+    module: str = ""  # in `instructrl/stages/`; empty: the stage's own name
+    makes: str = ""  # one line for `--help`
+
+
+NAMES = ("data", "pretrain", "sft", "label", "reward_model", "judge", "ppo", "ppo_ptx", "eval")
+LAST = "eval"  # what `run-all` makes; a deleted intermediate artifact is built again only if something needs it
+
+
+def stages(recipe: Recipe) -> dict[str, Stage]:
+    """The recipe's stages, upstream first. A recipe with its own base model has no `pretrain`, one with its own
+    rankings no `label`, one whose judge is not learnt no `judge`."""
+    base = ("pretrain",) if recipe.model.path is None else ()
+    ranked = ("label",) if recipe.data.world else ()
+    judge = ("judge",) if recipe.eval.judge == "reward_model" else ()
+    trained = ("data", "sft", "reward_model")
+    every = (
+        Stage("data", reads=("data", "seed"), makes="demonstrations, rankings, prompts and text"),
+        Stage("pretrain", reads=("model", "pretrain", "seed"), needs=("data",), makes="a base model from scratch"),
+        Stage("sft", reads=("model", "sft", "seed"), needs=("data", *base), makes="the supervised policy"),
+        Stage("label", reads=("label", "seed"), needs=("data", "sft"), makes="rankings of the SFT model's own answers"),
+        Stage("reward_model", reads=("reward_model", "seed"), needs=("data", "sft", *ranked), makes="the reward model"),
+        Stage(
+            "judge",
+            reads=("reward_model", "seed"),
+            needs=("data", "sft"),
+            module="reward_model",
+            makes="a reward model for eval, from rankings held out for it",
+        ),
+        Stage("ppo", reads=("ppo", "seed"), needs=trained, makes="the PPO policy"),
+        Stage("ppo_ptx", reads=("ppo_ptx", "seed"), needs=trained, module="ppo", makes="the PPO-ptx policy"),
+        Stage(
+            "eval",
+            reads=("model", "eval", "seed"),
+            needs=("data", *base, "sft", *ranked, "reward_model", *judge, "ppo", "ppo_ptx"),
+            makes="win rates, the alignment tax and report.md",
+        ),
+    )
+    left_out = {"pretrain", "label", "judge"} - {*base, *ranked, *judge}
+    return {stage.name: stage for stage in every if stage.name not in left_out}
+
+
+def ordered(pipeline: dict[str, Stage], targets: Iterable[str]) -> list[Stage]:
+    """The targets and everything they need, upstream first."""
+    wanted = set(targets)
+    for name in reversed(pipeline):
+        if name in wanted:
+            wanted.update(pipeline[name].needs)
+    order = TopologicalSorter({name: pipeline[name].needs for name in pipeline if name in wanted}).static_order()
+    return [pipeline[name] for name in order]
+
+
+def downstream(pipeline: dict[str, Stage], names: Iterable[str]) -> set[str]:
+    """The names and every stage that builds on them."""
+    reached = set(names)
+    for stage in ordered(pipeline, pipeline):
+        if reached.intersection(stage.needs):
+            reached.add(stage.name)
+    return reached
