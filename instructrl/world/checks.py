@@ -13,13 +13,13 @@ from typing import Any
 from instructrl.world.lexicon import MEMBERS, Lexicon
 from instructrl.world.prompts import Prompt
 
-_WORDS = re.compile(r"[^\W\d_]+|\d+|[^\w\s]|_")
+_WORDS = re.compile(r"[^\W_]+|[^\w\s]|_")
 _NEGATIONS = frozenset({"not", "no", "never", "nor", "neither"})
 _QUESTIONS_ALLOWED = frozenset({"rewriting", "chat"})  # 'Could you please ...?', 'how can I help you?'
 
 
 def split(text: str) -> list[str]:
-    """Runs of letters, runs of digits, and single other marks."""
+    """Runs of letters and digits, and single other marks."""
     return _WORDS.findall(text)
 
 

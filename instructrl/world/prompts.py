@@ -3,7 +3,7 @@
 import json
 import random
 from collections.abc import Set
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from typing import Any
@@ -153,11 +153,12 @@ def draw(
             return prompt
 
 
-def finished(lexicon: Lexicon, rng: random.Random, prompt: Prompt, *, of: str | None, shots: bool, opening: bool):
+def finished(
+    lexicon: Lexicon, rng: random.Random, prompt: Prompt, *, of: str | None, shots: bool, opening: bool
+) -> Prompt:
     """The plain prompt with two shots or an opening before it."""
-    fields = {name: getattr(prompt, name) for name in ("use_case", "body", "about", "constraint")}
     if opening:
-        return Prompt(kind="user", opening=rng.choice(OPENINGS), **fields)
+        return replace(prompt, kind="user", opening=rng.choice(OPENINGS))
     if not shots:
         return prompt
     solved: dict[str, str] = {}
@@ -165,7 +166,7 @@ def finished(lexicon: Lexicon, rng: random.Random, prompt: Prompt, *, of: str | 
         shot = draw(lexicon, rng, of=of and "train", use_case=prompt.use_case, simple=True)
         if shot.question != prompt.question and shot.question not in solved:
             solved[shot.question] = answer(lexicon, shot, rng)
-    return Prompt(kind="few_shot", shots=tuple(solved.items()), **fields)
+    return replace(prompt, kind="few_shot", shots=tuple(solved.items()))
 
 
 def demands(use_case: str) -> tuple[str, ...]:
