@@ -1,0 +1,47 @@
+# `make run` and `make test` set up everything they need in .venv; a second time they set up nothing.
+
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+FAST := not slow and not gpu and not network
+
+.DEFAULT_GOAL := help
+.PHONY: help run test test-slow check clean
+
+help: ## Show these targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+run: $(VENV)/.installed ## Set up and run the whole story on the built-in world
+	$(VENV)/bin/instructrl run-all
+
+test test-slow: export OMP_NUM_THREADS ?= 1 # models this small are faster on one thread than on two
+
+test: $(VENV)/.installed-dev ## Set up and run the tests
+	$(VENV)/bin/python -m pytest -m "$(FAST)"
+
+test-slow: $(VENV)/.installed-dev ## Run the tests that take minutes
+	$(VENV)/bin/python -m pytest -m "slow and not gpu and not network"
+
+check: $(VENV)/.installed-dev ## Check style and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ty check instructrl
+
+clean: ## Remove the environment, caches and builds; artifacts stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch first and alone: it is the one large download, and everything after it must fit that version
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -r constraints.txt
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml $(VENV)/.torch
+	$(PIP) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed
+	$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,170 @@
+"""The command line: commands and options. Imports what it needs in function bodies, so that `--help` is quick."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from instructrl import __version__
+from instructrl.errors import UserError
+
+STAGES = {  # as in `pipeline.NAMES`; importing that would import pydantic, which takes longer than all of `--help`
+    "data": "demonstrations, rankings, prompts and text",
+    "pretrain": "a base model from scratch, where model.path is null",
+    "sft": "the supervised policy",
+    "label": "rankings of SFT's own answers, where data.world is set",
+    "reward_model": "the reward model",
+    "judge": "a second reward model, to compare answers in eval",
+    "ppo": "the PPO policy",
+    "ppo_ptx": "the PPO-ptx policy",
+    "eval": "win rates, the alignment tax and report.md",
+}
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="InstructGPT from one recipe: SFT, a reward model, PPO and PPO-ptx, and what alignment bought and cost.",
+)
+
+
+def complete(incomplete: str) -> list[str]:
+    """Shell completion of `recipe=NAME` and `key=`."""
+    from instructrl.keys import every_key
+    from instructrl.recipe import recipe_names
+
+    choices = [f"recipe={name}" for name in recipe_names()] + [f"{key}=" for key in every_key()]
+    return [choice for choice in choices if choice.startswith(incomplete)]
+
+
+def complete_stage(incomplete: str) -> list[str]:
+    """Shell completion of a stage's name."""
+    return [name for name in STAGES if name.startswith(incomplete)]
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[recipe=NAME] [KEY=VALUE]...",
+        help="A shipped recipe or a .yaml file (default: tiny), then values that replace the recipe's.",
+        autocompletion=complete,
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", "-n", help="Show the plan and stop.")]
+Force = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="STAGE", help="Run this stage and everything downstream again.", autocompletion=complete_stage
+    ),
+]
+Multirun = Annotated[bool, typer.Option("--multirun", "-m", help="Run every combination of KEY=A,B values.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command("run-all")
+def run_all(
+    overrides: Overrides = None, dry_run: DryRun = False, force: Force = None, multirun: Multirun = False
+) -> None:
+    """Make all of it, up to the report on five models."""
+    execute(None, overrides, dry_run, force, multirun)
+
+
+@app.command()
+def plan(overrides: Overrides = None, force: Force = None, multirun: Multirun = False, as_json: Json = False) -> None:
+    """Show which stages run-all would run, and why."""
+    from instructrl import printout
+    from instructrl.jobs import make_jobs
+
+    planned = make_jobs(None, overrides or [], force or [], multirun)
+    if as_json:
+        typer.echo(printout.plans_as_json(planned, multirun))
+    else:
+        printout.show_plans(planned)
+
+
+@app.command()
+def config(overrides: Overrides = None) -> None:
+    """Print the whole recipe, defaults included, as YAML."""
+    from instructrl.printout import recipe_as_yaml
+    from instructrl.recipe import load_recipe
+
+    typer.echo(recipe_as_yaml(load_recipe(overrides or [])), nl=False)
+
+
+@app.command()
+def show(
+    stage: Annotated[str, typer.Argument(metavar="STAGE", autocompletion=complete_stage)],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Show a stage's artifact, its origin and its metrics."""
+    from instructrl import printout
+    from instructrl.jobs import make_jobs, stage_name
+
+    name = stage_name(stage)
+    [job] = make_jobs(name, overrides or [], [], multirun=False)
+    typer.echo(printout.artifact_as_json(job, name) if as_json else printout.artifact_as_text(job, name))
+
+
+def stage_command(name: str) -> Callable[..., None]:
+    """The command that makes one stage's artifact."""
+
+    def command(
+        overrides: Overrides = None, dry_run: DryRun = False, force: Force = None, multirun: Multirun = False
+    ) -> None:
+        execute(name, overrides, dry_run, force, multirun)
+
+    return command
+
+
+for stage_name_, makes in STAGES.items():
+    app.command(stage_name_.replace("_", "-"), help=f"Make {makes}.")(stage_command(stage_name_))
+
+
+def execute(
+    target: str | None, overrides: list[str] | None, dry_run: bool, force: list[str] | None, multirun: bool
+) -> None:
+    """Plan, and unless it is a dry run, run. `target` None is the recipe's last stage."""
+    from instructrl import printout
+    from instructrl.jobs import make_jobs, run
+
+    planned = make_jobs(target, overrides or [], force or [], multirun)
+    if dry_run:
+        printout.show_plans(planned)
+    else:
+        run(planned, ["instructrl", *sys.argv[1:]])
+
+
+def print_version(wanted: bool) -> None:
+    """The callback of --version."""
+    if wanted:
+        typer.echo(f"instructrl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and stop.")
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+def main() -> None:
+    """Run the command line. The only place that turns an error into a message and an exit status."""
+    try:
+        app()
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `instructrl config | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's last flush fails too
+        sys.exit(1)
+    except OSError as error:
+        print(f"Error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,118 @@
+"""From what was typed to finished jobs: one recipe and its plan, or every combination of a sweep."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from instructrl import printout
+from instructrl.artifacts import Artifact, Store
+from instructrl.display import open_display
+from instructrl.errors import StageFailed, UserError
+from instructrl.keys import closest, did_you_mean
+from instructrl.pipeline import LAST, NAMES, ordered, stages
+from instructrl.plan import StagePlan, make_plan
+from instructrl.recipe import Composition, compose_recipe, sweep
+from instructrl.runner import check_trainers, run_plan
+from instructrl.stages import sources
+
+WITHOUT = {  # why a recipe can lack a stage
+    "pretrain": "it starts from the model that model.path names; model.path=null makes one from scratch",
+    "label": "it brings its own rankings; only those of data.world are made here",
+    "judge": "only eval.judge=reward_model trains one",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One recipe with its plan."""
+
+    arguments: list[str]
+    composition: Composition
+    target: str
+    plan: list[StagePlan]
+    store: Store
+    force: Sequence[str] = ()
+
+    @property
+    def runs(self) -> bool:
+        """Whether anything is left to do."""
+        return any(step.runs for step in self.plan)
+
+
+def stage_name(text: str, pipeline: Sequence[str] = NAMES) -> str:
+    """The stage that was meant: `reward-model` is `reward_model`.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    name = text.replace("-", "_")
+    if name not in NAMES:
+        close = closest(name, pipeline)
+        raise UserError(
+            f"There is no stage {text!r}.{did_you_mean([close] if close else [])} The stages: {', '.join(pipeline)}."
+        )
+    if name not in pipeline:
+        raise UserError(f"This recipe has no stage {name}: {WITHOUT[name]}.")
+    return name
+
+
+def make_jobs(target: str | None, arguments: list[str], force: Sequence[str], multirun: bool) -> list[Job]:
+    """Every recipe that was asked for, composed, checked and planned. `target` None is the recipe's last stage."""
+    return [job(target, combination, force) for combination in (sweep(arguments) if multirun else [arguments])]
+
+
+def job(target: str | None, arguments: list[str], force: Sequence[str]) -> Job:
+    """One recipe, composed, checked and planned."""
+    composition = compose_recipe(arguments)
+    recipe = composition.recipe
+    pipeline = stages(recipe)
+    target = stage_name(target or LAST, list(pipeline))
+    forced = [stage_name(name, list(pipeline)) for name in force]
+    needed = [stage.name for stage in ordered(pipeline, [target])]
+    for name in forced:
+        if name not in needed:
+            raise UserError(f"--force {name}: {target} does not need it; it needs {', '.join(needed)}.")
+    store = Store(Path(recipe.runtime.output_dir).expanduser())
+    plan = make_plan(pipeline, recipe, [target], store, forced, composition.where)
+    if any(step.runs and step.stage.name == "data" for step in plan):
+        sources.check(recipe)
+    return Job(arguments, composition, target, plan, store, force)
+
+
+def run(planned: list[Job], command: list[str]) -> None:
+    """Run the jobs one after the other; in a sweep a failed one does not keep the rest from running.
+
+    Raises:
+        UserError: what went wrong.
+    """
+    began = time.time()
+    for one in planned:
+        check_trainers(one.plan, one.composition.recipe)
+    failures: list[tuple[Job, UserError]] = []
+    finished: list[tuple[Job, dict[str, Artifact]]] = []
+    for number, one in enumerate(planned):
+        if number:  # an earlier job of the sweep may have made what this one needs
+            one = job(one.target, one.arguments, one.force)
+        if len(planned) > 1:
+            printout.heading(one, number, len(planned))
+        try:
+            finished.append((one, run_one(one, command, began)))
+        except StageFailed as error:
+            if len(planned) == 1:
+                raise
+            printout.failed(error)
+            failures.append((one, error))
+    if len(planned) > 1:
+        printout.show_sweep(finished, [one for one, _ in failures])
+    if failures:
+        raise StageFailed(f"{len(failures)} of {len(planned)} jobs failed; the same command goes on with them.")
+
+
+def run_one(one: Job, command: list[str], began: float) -> dict[str, Artifact]:
+    """Run one job, and show what came out. What was made since `began` is not made again, even if forced."""
+    if one.runs:
+        printout.show_plan(one)
+    artifacts = run_plan(one.plan, one.composition.recipe, one.store, open_display(), command, began)
+    printout.show_result(one, artifacts)
+    return artifacts

@@ -1,0 +1,232 @@
+"""What the commands print: plans, artifacts, the five-model table, a sweep's summary."""
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from instructrl.artifacts import Artifact, read_json
+from instructrl.config import Recipe
+from instructrl.display import duration, is_number, number
+from instructrl.errors import UserError
+from instructrl.plan import StagePlan
+
+if TYPE_CHECKING:
+    from instructrl.jobs import Job
+
+
+def recipe_as_yaml(recipe: Recipe) -> str:
+    """The whole recipe, as a file that `recipe=FILE` takes."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def show_plans(planned: Sequence["Job"]) -> None:
+    """The plan of each job."""
+    for position, job in enumerate(planned):
+        if len(planned) > 1:
+            heading(job, position, len(planned))
+        show_plan(job)
+
+
+def show_plan(job: "Job") -> None:
+    """`run   sft   0f11b4cc0289  sft.learning_rate: 1e-05 -> 3e-05`, a line a stage."""
+    width = max(len(step.stage.name) for step in job.plan)
+    for step in job.plan:
+        line = f"{verdict(step)}  {step.stage.name:<{width}}  {step.fingerprint}  {', '.join(step.why)}"
+        estimate = f"  (about {duration(step.seconds)})" if step.runs and step.seconds else ""
+        print(f"{line.rstrip()}{estimate}")
+    running = [step for step in job.plan if step.runs]
+    if not running:
+        print(done(job))
+        return
+    known = [step.seconds for step in running if step.seconds]
+    estimate = f", about {duration(sum(known))} by last time" if len(known) == len(running) else ""
+    print(f"{len(running)} of {len(job.plan)} stages to run{estimate}.", flush=True)
+
+
+def verdict(step: StagePlan) -> str:
+    """What the plan does about a stage, in four letters."""
+    return "run " if step.runs else "done" if step.artifact else "skip"
+
+
+def done(job: "Job") -> str:
+    """The line of a plan that has nothing to run."""
+    return f"Everything is done: recipe {job.composition.recipe.name}, artifacts in {job.store.root}."
+
+
+def plans_as_json(planned: Sequence["Job"], multirun: bool) -> str:
+    """An object with the stages of the plan; for a sweep a list of such objects."""
+    objects = [
+        {
+            "recipe": job.composition.recipe.name,
+            "arguments": job.arguments,
+            "output_dir": str(job.store.root),
+            "stages": [
+                {
+                    "stage": step.stage.name,
+                    "verdict": verdict(step).strip(),
+                    "fingerprint": step.fingerprint,
+                    "path": str(job.store.path(step.stage.name, step.key)),
+                    "why": list(step.why),
+                    "last_seconds": step.seconds,
+                    "needs": list(step.stage.needs),
+                }
+                for step in job.plan
+            ],
+        }
+        for job in planned
+    ]
+    return json.dumps(objects if multirun else objects[0], indent=2)
+
+
+def planned_stage(job: "Job", name: str) -> StagePlan:
+    """The plan of a stage whose artifact exists.
+
+    Raises:
+        UserError: it was never made, or is gone.
+    """
+    [step] = [step for step in job.plan if step.stage.name == name]
+    if step.artifact is None:
+        command = " ".join(["instructrl", name.replace("_", "-"), *job.arguments])
+        error = UserError(f"{name} is not made for this recipe ({', '.join(step.why)}). Make it with: {command}")
+        error.exit_code = 1
+        raise error
+    return step
+
+
+def artifact_as_json(job: "Job", name: str) -> str:
+    """Everything known about a stage's artifact."""
+    step = planned_stage(job, name)
+    artifact = step.artifact
+    assert artifact is not None
+    facts = {
+        "stage": name,
+        "fingerprint": step.fingerprint,
+        "path": str(artifact.path),
+        "current": not step.runs,
+        "why": list(step.why),
+        "digest": artifact.digest,
+        "metrics": artifact.metrics,
+        "key": artifact.key,
+        "inputs": {need: str(path) for need, path in upstream(job, step).items()},
+        "outputs": artifact.outputs,
+        "made": artifact.made,
+    }
+    return json.dumps(facts, indent=2)
+
+
+def artifact_as_text(job: "Job", name: str) -> str:
+    """Where a stage's artifact is, what it was made from, and its metrics."""
+    step = planned_stage(job, name)
+    artifact = step.artifact
+    assert artifact is not None
+    made = artifact.made
+    size = sum(output["size"] for output in artifact.outputs.values())
+    lines = [
+        f"{name} {step.fingerprint}: {step.stage.makes}",
+        f"path: {artifact.path}",
+        f"made: {made.get('at')} in {duration(made.get('seconds', 0))} on {made.get('host')} ({size / 1e6:,.1f} MB)",
+    ]
+    if step.runs:
+        lines.append(f"out of date: {', '.join(step.why)}")
+    if step.stage.needs:
+        lines.append("made from:")
+        lines += [f"  {need}: {path}" for need, path in upstream(job, step).items()]
+    lines.append("settings:")
+    lines += [f"  {line}" for line in yaml.safe_dump(artifact.key["config"], sort_keys=False).splitlines()]
+    lines.append("metrics:")
+    lines += [f"  {line}" for line in flat(artifact.metrics)]
+    return "\n".join(lines)
+
+
+def upstream(job: "Job", step: StagePlan) -> dict[str, Any]:
+    """The folders of the artifacts it was made from."""
+    keys = {other.stage.name: other.key for other in job.plan}
+    return {need: job.store.path(need, keys[need]) for need in step.stage.needs}
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> list[str]:
+    """`["accuracy: 0.71", "interval.low: 0.68"]`; long lists by their length."""
+    lines = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            lines += flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and len(value) > 6:
+            lines.append(f"{prefix}{name}: {len(value)} values")
+        else:
+            text = f"{value:.6g}" if isinstance(value, float) else str(value)
+            lines.append(f"{prefix}{name}: {text if len(text) <= 200 else text[:197] + '...'}")
+    return lines
+
+
+def show_result(job: "Job", artifacts: dict[str, Artifact]) -> None:
+    """What a finished job made: for `eval` the five-model table, else the target's folder."""
+    if not job.runs:
+        print(done(job))
+    artifact = artifacts.get(job.target)
+    if artifact is None:
+        return
+    if job.target == "eval":
+        show_table(read_json(artifact.path / "metrics.json").get("table"))
+        if (artifact.path / "report.md").exists():
+            print(f"The report: {artifact.path / 'report.md'}")
+    else:
+        print(f"{job.target}: {artifact.path}")
+
+
+def show_table(table: object) -> None:
+    """The table that eval left in its metrics: {"columns": [...], "rows": [[...], ...], "notes": [...]}."""
+    if not isinstance(table, dict) or not table.get("columns"):
+        return
+    print_table(table["columns"], table.get("rows", []))
+    for note in table.get("notes", []):
+        print(note)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table as wide as it needs to be where the output is no terminal, else as wide as the terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for position, column in enumerate(columns):
+        drawn.add_column(Text(str(column)), justify="left" if position == 0 else "right")
+    for row in rows:
+        drawn.add_row(*(Text(number(cell) if is_number(cell) else str(cell)) for cell in row))
+    if not console.is_terminal:
+        console.width = max(80, console.measure(drawn, options=console.options.update(width=1000)).maximum)
+    console.print(drawn)
+
+
+def heading(job: "Job", position: int, total: int) -> None:
+    """The line above a job of a sweep."""
+    print(f"\n[{position + 1}/{total}] {' '.join(job.arguments)}", flush=True)
+
+
+def failed(error: UserError) -> None:
+    """A failed job of a sweep, which goes on with the next."""
+    print(f"Error: {error}", flush=True)
+
+
+def show_sweep(finished: Sequence[tuple["Job", dict[str, Artifact]]], failed_jobs: Sequence["Job"]) -> None:
+    """A row a job: what was swept, and the target's first numbers."""
+    every = [job for job, _ in finished] + list(failed_jobs)
+    constant = set.intersection(*(set(job.arguments) for job in every))
+    metrics = [{n: v for n, v in made[job.target].metrics.items() if is_number(v)} for job, made in finished]
+    names = list(dict.fromkeys(name for values in metrics for name in values))[:6]
+    rows = [
+        [swept(job, constant), "done", *(values.get(name, "") for name in names)]
+        for (job, _), values in zip(finished, metrics, strict=True)
+    ]
+    rows += [[swept(job, constant), "failed", *("" for _ in names)] for job in failed_jobs]
+    print()
+    print_table(["job", every[0].target, *names], rows)
+
+
+def swept(job: "Job", constant: set[str]) -> str:
+    """The arguments that make this job differ from the others."""
+    return " ".join(argument for argument in job.arguments if argument not in constant)
