@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
-from instructrl.config import Recipe
+from instructrl.config import SFT, Recipe, RewardModel
 from instructrl.errors import UserError
 from instructrl.stages.models import device
+from instructrl.trainers.muon import MuonAdamW, parameter_groups
 
 OWNED = {  # field -> who sets it; {section} is sft or reward_model
     "learning_rate": "{section}.learning_rate",
@@ -86,6 +87,14 @@ def trainer_arguments(kind: type[TrainingArguments], recipe: Recipe, section: st
         dataloader_pin_memory=device(recipe).type == "cuda",
         **defaults | settings.trainer,
     )
+
+
+def optimizer(model: PreTrainedModel, settings: SFT | RewardModel) -> MuonAdamW | None:
+    """Muon and AdamW if the section has a rate for Muon; None: Trainer makes AdamW."""
+    if settings.muon_learning_rate is None:
+        return None
+    groups = parameter_groups(model, settings.learning_rate, settings.muon_learning_rate)
+    return MuonAdamW(groups, betas=(0.9, settings.adam_beta2))
 
 
 def largest_divisor(number: int, at_most: int) -> int:

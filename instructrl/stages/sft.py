@@ -14,11 +14,10 @@ from trl import SFTConfig, SFTTrainer
 from instructrl.config import Recipe
 from instructrl.errors import UserError
 from instructrl.stages import models
-from instructrl.stages.arguments import trainer_arguments
+from instructrl.stages.arguments import optimizer, trainer_arguments
 from instructrl.stages.checkpoints import FOLDER, train
 from instructrl.stages.tables import read_table
 from instructrl.stages.template import Limits, Template
-from instructrl.trainers.muon import MuonAdamW, parameter_groups
 from instructrl.trainers.sampler import LengthBuckets
 
 
@@ -49,7 +48,7 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(held_out) if held_out else None,
         processing_class=tokenizer,
-        optimizers=(optimizer(model, recipe), None),
+        optimizers=(optimizer(model, recipe.sft), None),
     )
     with residual_dropout(model, recipe.sft.residual_dropout):
         train_loss = train(trainer, folder, recipe.runtime.save_minutes)
@@ -71,15 +70,6 @@ def arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
     arguments = trainer_arguments(SFTConfig, recipe, "sft", checkpoints)
     arguments.completion_only_loss = recipe.sft.completion_only_loss
     return arguments
-
-
-def optimizer(model: PreTrainedModel, recipe: Recipe) -> MuonAdamW | None:
-    """Muon and AdamW if the recipe has a rate for Muon; None: Trainer makes AdamW."""
-    settings = recipe.sft
-    if settings.muon_learning_rate is None:
-        return None
-    groups = parameter_groups(model, settings.learning_rate, settings.muon_learning_rate)
-    return MuonAdamW(groups, betas=(0.9, settings.adam_beta2))
 
 
 def encode(path: Path, template: Template, limits: Limits) -> tuple[list[dict], Counter]:
@@ -159,8 +149,8 @@ def labelled(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Tensor,
 def residual_dropout(model: PreTrainedModel, share: float) -> Iterator[None]:
     """Drop that share of each attention's and MLP's output before it joins the residual stream (App. C.1).
 
-    GPT-2 has dropout layers there; they get this share, and their own back at the end. Llama and its relatives have none:
-    hooks do it. Neither leaves a trace in the saved model.
+    GPT-2 has dropout layers there; they get this share, and their own back at the end. Llama and its relatives have
+    none: hooks do it. Neither leaves a trace in the saved model.
 
     Raises:
         UserError: an architecture of another form, and the share is not 0.
@@ -169,8 +159,8 @@ def residual_dropout(model: PreTrainedModel, share: float) -> Iterator[None]:
     branches = [] if own else residual_branches(model)
     if share and not own and not branches:
         raise UserError(
-            f"sft.residual_dropout={share}: the residual stream of a {model.config.model_type} model is not known here; "
-            "set sft.residual_dropout=0."
+            f"sft.residual_dropout={share}: the residual stream of a {model.config.model_type} model is not known "
+            "here; set sft.residual_dropout=0."
         )
     before = [layer.p for layer in own]
     for layer in own:

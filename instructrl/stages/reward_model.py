@@ -1,0 +1,143 @@
+"""The reward model (`reward_model`) and the judge that only `eval` uses (`judge`), from K-way rankings.
+
+Paper section 3.5, eq. 1, and App. C.2: the SFT model with a scalar in place of the unembedding, all pairs of a prompt
+as one batch element, one epoch, and a shift by which demonstrations score 0 on average.
+"""
+
+from collections import Counter
+from pathlib import Path
+
+from datasets import Dataset, disable_progress_bars
+from transformers import PreTrainedModel
+from trl import RewardConfig
+
+from instructrl.config import Recipe
+from instructrl.errors import UserError
+from instructrl.stages import models, preferences
+from instructrl.stages.arguments import optimizer, trainer_arguments
+from instructrl.stages.checkpoints import FOLDER, train
+from instructrl.stages.tables import read_table
+from instructrl.stages.template import Limits, Template
+from instructrl.stages.winrate import Interval
+from instructrl.trainers.ranking import KWiseRewardTrainer, has_pair, score
+
+BIAS_DEMONSTRATIONS = 1_000  # enough for their mean score
+
+
+def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dict:
+    """Write the reward model to `folder/model`; its config carries `reward_bias`.
+
+    Returns:
+        What `measure` does, and rankings (trained on), dropped (reason -> count), steps, train_loss, reward_bias.
+
+    Raises:
+        UserError: no ranking with an untied pair is left to train on or to measure with.
+    """
+    disable_progress_bars()
+    sft = inputs["sft"] / "model"
+    template = Template.load(sft)
+    model = models.init_reward_model(sft, recipe)
+    limits, dropped = Limits.of(recipe, model), Counter()
+    source = inputs.get("label", inputs["data"])
+    train_table = "judge" if name == "judge" else "train"
+    rows = encode(read_table(source / f"rankings.{train_table}.parquet"), template, limits, dropped)
+    held_out = encode(read_table(source / "rankings.valid.parquet"), template, limits, Counter())
+    if not rows or not held_out:
+        what = "train on" if not rows else "measure it with"
+        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
+        raise UserError(f"{name} has no ranking with an untied pair left to {what}; dropped: {reasons}.")
+
+    trainer = KWiseRewardTrainer(
+        model=model,
+        args=trainer_arguments(RewardConfig, recipe, "reward_model", folder / FOLDER),
+        train_dataset=Dataset.from_list([{key: row[key] for key in ("completion_ids", "ranks")} for row in rows]),
+        processing_class=template.tokenizer,
+        optimizers=(optimizer(model, recipe.reward_model), None),
+    )
+    train_loss = train(trainer, folder, recipe.runtime.save_minutes)
+    bias = demonstrations_mean(model, inputs["data"], template, limits, recipe)
+    model.config.reward_bias = bias
+    models.save(model, template, folder / "model")
+    metrics = {"rankings": len(rows), "dropped": dict(dropped), "steps": trainer.state.global_step}
+    metrics |= {"train_loss": train_loss, "reward_bias": bias}
+    return metrics | measure(model, template, rows, held_out, recipe)
+
+
+def encode(rankings: list[dict], template: Template, limits: Limits, dropped: Counter) -> list[dict]:
+    """Rankings with `completion_ids`: prompt and response of each. Over-long responses and rankings without any pair left
+    are counted in `dropped`."""
+    rows = []
+    for ranking in rankings:
+        prompt = template.prompt(ranking["prompt"])
+        responses = [template.response(text) for text in ranking["responses"]]
+        problems = [limits.problem(prompt, response) for response in responses]
+        for problem in filter(None, problems):
+            dropped[f"responses {problem}"] += 1
+        kept = [i for i, problem in enumerate(problems) if problem is None]
+        row = ranking | {"completion_ids": [prompt + responses[i] for i in kept]}
+        for column in ("responses", "ranks", "gold"):
+            row[column] = [ranking[column][i] for i in kept] if ranking[column] else []
+        for column in ("annotators", "held_out"):
+            row[column] = [[ranks[i] for i in kept] for ranks in ranking[column]]
+        if has_pair(row):
+            rows.append(row)
+        else:
+            dropped["rankings without an untied pair"] += 1
+    return rows
+
+
+def demonstrations_mean(
+    model: PreTrainedModel, data: Path, template: Template, limits: Limits, recipe: Recipe
+) -> float:
+    """The mean score of demonstrations; 0 if all are too long."""
+    rows = read_table(data / "demonstrations.train.parquet")
+    every = max(1, len(rows) // BIAS_DEMONSTRATIONS)
+    encoded = [(template.prompt(row["prompt"]), template.response(row["response"])) for row in rows[::every]]
+    sequences = [prompt + response for prompt, response in encoded if limits.problem(prompt, response) is None]
+    scores = score(model, sequences, template.tokenizer.pad_token_id, recipe.runtime.max_tokens)
+    return sum(scores) / len(scores) if scores else 0.0
+
+
+def measure(model: PreTrainedModel, template: Template, rows: list[dict], held_out: list[dict], recipe: Recipe) -> dict:
+    """How the scores agree with held-out rankings.
+
+    Returns:
+        accuracy, accuracy_low, accuracy_high (95 % bootstrap over prompts), pairs, prompts; beside it on the same pairs
+        longer_wins and bag_of_words (what length and words alone can do); agreement (annotators with each other),
+        held_out_agreement and held_out_accuracy (labelers who ranked nothing for training), gold_accuracy (the
+        world's truth), each null where the data has none; by_source.
+    """
+    flat = [ids for row in held_out for ids in row["completion_ids"]]
+    scores = iter(score(model, flat, template.tokenizer.pad_token_id, recipe.runtime.max_tokens))
+    for row in held_out:
+        row["scores"] = [next(scores) for _ in row["ranks"]]
+    sources = sorted({row["source"] for row in held_out})
+    return accuracies(held_out) | {
+        "bag_of_words": mean(preferences.bag_of_words(rows, held_out)),
+        "agreement": mean(preferences.agreement(held_out)),
+        "held_out_agreement": mean(preferences.held_out_agreement(held_out)),
+        "held_out_accuracy": mean(
+            preferences.share([preferences.tally_all(row["scores"], row["held_out"]) for row in held_out])
+        ),
+        "gold_accuracy": mean(
+            preferences.share([preferences.tally(row["scores"], row["gold"]) for row in held_out if row["gold"]])
+        ),
+        "by_source": {source: accuracies([row for row in held_out if row["source"] == source]) for source in sources},
+    }
+
+
+def accuracies(rows: list[dict]) -> dict:
+    """The share of pairs that the scores order as the ranking does, and 'longer wins' on the same pairs."""
+    accuracy = preferences.share([preferences.tally(row["scores"], row["ranks"]) for row in rows])
+    return {
+        "accuracy": accuracy.mean,
+        "accuracy_low": accuracy.low,
+        "accuracy_high": accuracy.high,
+        "longer_wins": mean(preferences.longer_wins(rows)),
+        "pairs": sum(len(preferences.pairs(row["ranks"])) for row in rows),
+        "prompts": len(rows),
+    }
+
+
+def mean(interval: Interval | None) -> float | None:
+    return interval.mean if interval else None

@@ -1,0 +1,166 @@
+"""Reward models from K-way rankings (Ouyang et al. 2022, section 3.5, eq. 1), on TRL's RewardTrainer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import RewardConfig, RewardTrainer
+
+from instructrl.trainers.losses import kwise_loss
+from instructrl.trainers.sampler import LengthBuckets
+
+
+@dataclass
+class RankingCollator:
+    """Rankings -> one batch: every completion a row, padded on the right.
+
+    A ranking is {completion_ids: K lists of token ids, prompt included; ranks: K numbers, 1 is best, equal is a tie}.
+    K may differ.
+
+    Returns input_ids and attention_mask [sequences, length]; group [sequences], which ranking a sequence is of; rank
+    [sequences].
+    """
+
+    pad_token_id: int
+
+    def __call__(self, rankings: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        ids = [torch.tensor(completion) for ranking in rankings for completion in ranking["completion_ids"]]
+        sizes = torch.tensor([len(ranking["ranks"]) for ranking in rankings])
+        return {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+            "group": torch.arange(len(rankings)).repeat_interleave(sizes),
+            "rank": torch.tensor([rank for ranking in rankings for rank in ranking["ranks"]]),
+        }
+
+
+class KWiseRewardTrainer(RewardTrainer):
+    """TRL's RewardTrainer on rankings: one forward pass a completion, all pairs of a prompt one batch element.
+
+    Expanding a ranking into pairs would cost K (K - 1) passes instead of K, and shuffling the pairs makes the model
+    overfit within one epoch, because each completion then gets K - 1 separate gradient updates (paper, 3.5).
+
+    The paper leaves open what divides a prompt's loss where ties were dropped: here it is the number of pairs that
+    remain. For K = 2 loss and gradient are TRL's own, `center_rewards_coefficient` included.
+
+    Rows of `train_dataset` and `eval_dataset`: {completion_ids, ranks} as `RankingCollator` takes them, or {prompt,
+    completions, ranks} as text, to which EOS is added. A completion above `args.max_length` is left out; so is a
+    ranking without a pair.
+
+    However a batch is cut into micro-batches, its gradient is that of the mean over its prompts.
+    """
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the prompts of the whole batch
+
+    def __init__(self, model, args: RewardConfig, train_dataset, processing_class, data_collator=None, **options: Any):
+        data_collator = data_collator or RankingCollator(processing_class.pad_token_id)
+        super().__init__(
+            model, args, data_collator, train_dataset=train_dataset, processing_class=processing_class, **options
+        )
+
+    def _prepare_dataset(
+        self, dataset: Dataset, processing_class: PreTrainedTokenizerBase, args: RewardConfig, dataset_name: str
+    ) -> Dataset:
+        if "completion_ids" not in dataset.column_names:
+            dataset = dataset.map(tokenize, fn_kwargs={"tokenizer": processing_class})
+        return dataset.map(shortened, fn_kwargs={"max_length": args.max_length}).filter(has_pair)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["completion_ids", "ranks"]
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthBuckets:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        lengths = [sum(map(len, completions)) for completions in rows["completion_ids"]]
+        return LengthBuckets(lengths, batch_size, self.args.seed)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
+        """Prompts of an optimizer step, over all its micro-batches and processes."""
+        prompts = torch.tensor(sum(len(batch["group"].unique()) for batch in batch_samples), device=device)
+        return self.accelerator.gather(prompts).sum()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        group, rank = inputs["group"], inputs["rank"]
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        scores = outputs.logits.squeeze(-1)  # [sequences]
+        better, worse = untied_pairs(group, rank)
+        loss = kwise_loss(scores, group, rank)
+        if self.args.center_rewards_coefficient is not None:
+            sizes = torch.bincount(group[better], minlength=len(group))[group[better]]
+            centre = ((scores[better] + scores[worse]) ** 2 / sizes).sum() / len(group.unique())
+            loss = loss + self.args.center_rewards_coefficient * centre
+        if num_items_in_batch is not None:  # a share of the batch's mean; processes are averaged afterwards
+            loss = loss * len(group.unique()) / num_items_in_batch * self.accelerator.num_processes
+        self._count(scores.detach(), better, worse, inputs["attention_mask"])
+        return (loss, outputs) if return_outputs else loss
+
+    def _count(self, scores: Tensor, better: Tensor, worse: Tensor, attention_mask: Tensor) -> None:
+        """TRL's metrics, over pairs."""
+        mode = "train" if self.model.training else "eval"
+        metrics = self._metrics[mode]
+        margin = scores[better] - scores[worse]
+        for name, value in (
+            ("accuracy", (margin > 0).float().mean()),
+            ("margin", margin.mean()),
+            ("min_reward", scores.min()),
+            ("mean_reward", scores.mean()),
+            ("max_reward", scores.max()),
+        ):
+            metrics[name].append(self.accelerator.gather(value).mean().item())
+        if mode == "train":
+            self._total_train_tokens += int(self.accelerator.gather(attention_mask.sum()).sum())
+        metrics["num_tokens"] = [self._total_train_tokens]
+
+
+def untied_pairs(group: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of the pairs to compare: group [S], rank [S] -> better [pairs], worse [pairs]."""
+    above = (group[:, None] == group[None, :]) & (rank[:, None] < rank[None, :])
+    return above.nonzero(as_tuple=True)
+
+
+def tokenize(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Text to ids: prompt and completion apart, EOS at the end."""
+    prompt = tokenizer(row["prompt"])["input_ids"]
+    completions = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in row["completions"]]
+    return {"completion_ids": [[*prompt, *completion, tokenizer.eos_token_id] for completion in completions]}
+
+
+def shortened(row: dict[str, Any], max_length: int | None) -> dict[str, Any]:
+    """The ranking without completions longer than that."""
+    kept = [i for i, ids in enumerate(row["completion_ids"]) if max_length is None or len(ids) <= max_length]
+    return {key: [row[key][i] for i in kept] for key in ("completion_ids", "ranks")}
+
+
+def has_pair(row: dict[str, Any]) -> bool:
+    """Whether two completions are ranked differently: without, a ranking teaches nothing."""
+    return len(set(row["ranks"])) > 1
+
+
+@torch.no_grad()
+def score(
+    model: PreTrainedModel, sequences: Sequence[Sequence[int]], pad_token_id: int, max_tokens: int = 4096
+) -> list[float]:
+    """The reward model's score of every sequence of ids, prompt and response, EOS included.
+
+    max_tokens: padded tokens a forward pass; a longer sequence goes alone.
+    """
+    model.eval()
+    scores = [0.0] * len(sequences)
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    while order:
+        batch = [order.pop()]  # the longest left, and as many as fit beside it
+        longest = len(sequences[batch[0]])
+        while order and (len(batch) + 1) * longest <= max_tokens:
+            batch.append(order.pop())
+        ids = [torch.tensor(sequences[i]) for i in batch]
+        input_ids = pad_sequence(ids, batch_first=True, padding_value=pad_token_id).to(model.device)
+        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).to(model.device)
+        logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits.squeeze(-1).float()
+        for i, value in zip(batch, logits.tolist(), strict=True):
+            scores[i] = value
+    return scores
