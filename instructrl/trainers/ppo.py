@@ -6,6 +6,7 @@ rewards, estimate advantages, update on minibatches, add the pretraining gradien
 
 import copy
 import hashlib
+import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -97,7 +98,7 @@ class PPOConfig(TrainingArguments):
             raise ValueError(f"temperature={self.temperature}: PPO explores by sampling, so it must be above 0")
         # One Trainer step is one minibatch, and log and checkpoint lines fall on iterations.
         self.steps_per_iteration = self.num_ppo_epochs * self.num_mini_batches
-        self.num_iterations = self.total_episodes // self.batch_size
+        self.num_iterations = math.ceil(self.total_episodes / self.batch_size)
         self.max_steps = self.num_iterations * self.steps_per_iteration
         self.logging_steps = self.steps_per_iteration
         self.per_device_train_batch_size = self.batch_size // shares
