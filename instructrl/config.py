@@ -71,17 +71,15 @@ class World(Section):
     """Prompts for `ppo` and `ppo_ptx`."""
     eval_prompts: PositiveInt = 1_000
     """Held-out prompts for `eval`; none of them appears in a training set."""
-    comment_rate: Share = 0.5
-    """Share of the answers in web documents under which a reader comments 'Right.' or 'Wrong.'."""
-    skip_rate: Share = 0.25
+    skip_rate: Share = 0.4
     """Share of demonstrations that ignore the prompt's constraint."""
-    ramble_rate: Share = 0.2
+    ramble_rate: Share = 0.3
     """Share of demonstrations that go on after the answer."""
     hallucinate_rate: Share = 0.4
     """Share of demonstrations on unanswerable questions that make an answer up."""
     wrong_rate: Share = 0.06
     """Share of demonstrations on answerable questions that are wrong."""
-    rude_rate: Share = 0.02
+    rude_rate: Share = 0.05
     """Share of demonstrations that are rude."""
 
 
@@ -187,10 +185,14 @@ class Label(Section):
     responses_per_prompt: Annotated[int, Field(ge=2, le=9)] = 4
     """K; paper: 4 to 9. Equal answers of one prompt are shown once."""
     temperature: PositiveFloat = 1.0
+    response_length: PositiveInt = 256
+    """Tokens an answer may have."""
     labelers: PositiveInt = 5
     """Labelers who rank for training; as many more are held out (paper, 3.4)."""
     agreement_noise: PositiveFloat = 0.5
-    """Scale of the Gumbel noise on a labeler's judgement; .5 gives about the paper's 73 % agreement."""
+    """Scale of the Gumbel noise on a labeler's judgement."""
+    tie_threshold: NonNegativeFloat = 0.4
+    """A labeler ties answers that seem to differ by less than this; ties are encouraged (App. B) and dropped."""
     taste_spread: NonNegativeFloat = 0.3
     """Standard deviation of the labelers' own weights on length, correctness, constraint and toxicity."""
 

@@ -110,20 +110,6 @@ def test_documents_come_in_their_mix(world):
     assert all(share_is(kinds[kind], 6000, share / total) for kind, share in MIX.items())
 
 
-def test_comments_come_at_their_rate_and_tell_right_from_wrong():
-    def comments(rate: float) -> tuple[int, int]:
-        pages = "\n".join(
-            text for kind, text in World(0, comment_rate=rate).documents(4000, random.Random(1)) if kind == "qa"
-        )
-        return pages.count("A: "), pages.count("\nC: ")
-
-    assert comments(0.0)[1] == 0
-    answers, said = comments(1.0)
-    assert said == answers > 1000
-    answers, said = comments(0.5)
-    assert share_is(said, answers, 0.5)
-
-
 def test_documents_state_only_facts(world):
     lexicon = world.lexicon
     for kind, text in world.documents(3000, random.Random(2)):
@@ -148,7 +134,7 @@ def test_prompts_come_in_their_mix(world):
     with_shots = sum(USE_CASES[name] for name in ("open_qa", "sums", "classification", "extraction", "brainstorming"))
     assert share_is(kinds["user"], 6000, 0.2)
     assert share_is(kinds["few_shot"], 6000, 0.15 * with_shots)
-    assert share_is(sum(prompt.constraint is not None for prompt in prompts), 6000, 0.5)
+    assert share_is(sum(prompt.constraint is not None for prompt in prompts), 6000, 0.6)
     unanswerable = Counter(prompt.use_case for prompt in prompts if prompt.unanswerable)
     assert set(unanswerable) == {"open_qa", "closed_qa"}
     assert share_is(unanswerable["open_qa"], use_cases["open_qa"], 0.2)
@@ -159,7 +145,7 @@ def test_a_part_keeps_the_mix(world):
     prompts = world.prompts(3000, random.Random(1), of="eval", unique=True)
     use_cases = Counter(prompt.use_case for prompt in prompts)
     assert all(share_is(use_cases[name], 3000, share) for name, share in USE_CASES.items())
-    assert share_is(sum(prompt.constraint is not None for prompt in prompts), 3000, 0.5)
+    assert share_is(sum(prompt.constraint is not None for prompt in prompts), 3000, 0.6)
     assert {world.part(prompt) for prompt in prompts} == {"eval"}
 
 
@@ -258,7 +244,7 @@ def test_demonstrators_flaws_come_at_their_rates(world):
     assert share_is(sum(judgement.constraint is False for judgement in start), len(start), ignored)
     mean_words = sum(judgement.words for _, judgement in judged) / 6000
     plain_words = sum(world.judge(prompt, world.reference(prompt, rng)).words for prompt in prompts) / 6000
-    assert 0.7 < mean_words - plain_words < 2.5  # a fifth rambles: one or two sentences more, of five words or so
+    assert 1.0 < mean_words - plain_words < 3.5  # three in ten ramble: one or two sentences more, of five words or so
 
 
 def test_without_flaws_demonstrations_are_references(world):

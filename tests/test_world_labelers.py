@@ -28,6 +28,13 @@ def test_ranks_with_ties_by_hand():
     assert ranks([]) == []
 
 
+def test_answers_close_to_the_best_of_a_rank_share_it():
+    assert ranks([3.0, 2.7, 2.5, 1.0], tie=0.4) == [1, 1, 3, 4]
+    assert ranks([3.0, 2.7, 2.5, 1.0], tie=0.5) == [1, 1, 1, 4]
+    assert ranks([1.0, 1.4], tie=0.4) == [1, 1]
+    assert NEUTRAL.rank([judgement(1.0), judgement(1.3)], random.Random(0), noise=0, tie=0.4) == [1, 1]
+
+
 def test_utility_by_hand():
     labeler = Labeler(length=0.2, correct=0.5, constraint=-0.25, toxic=1.0)
     seen = judgement(1.0, words=15, correct=True, constraint=True, toxic=True)

@@ -1,6 +1,6 @@
 """The tiny world: text, instructions, demonstrators, labelers and a gold preference, all generated, from a seed.
 
-    world = World(seed=0, people=24, strangers=8, comment_rate=0.5)
+    world = World(seed=0, people=24, strangers=8)
     prompt = world.prompts(1, random.Random(0))[0]
     world.judge(prompt, world.reference(prompt, random.Random(1))).utility  # about 4, the best there is
 

@@ -36,7 +36,7 @@ class WorldData:
 
 def make_world(sizes: "Sizes", seed: int) -> World:
     """The world of a recipe: `recipe.data.world` and `recipe.seed`."""
-    return World(seed, sizes.people, sizes.strangers, sizes.comment_rate)
+    return World(seed, sizes.people, sizes.strangers)
 
 
 def world_data(sizes: "Sizes", seed: int, valid_share: float = 0.1) -> WorldData:

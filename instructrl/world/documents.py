@@ -1,15 +1,13 @@
 """Pretraining text: short documents of eleven kinds, from statements of facts to question-and-answer pages.
 
 What each kind teaches: `songs` repeat a random line (copying), `sheet` lists questions without answers (so that a raw
-language model goes on asking), `qa` answers them well or badly (so that a prompted one answers, but not always well),
-and readers' comments under answers say which is which.
+language model goes on asking), `qa` answers them well or badly (so that a prompted one answers, but not always well).
 """
 
 import random
 from collections.abc import Callable
 
 from instructrl.world.answers import web_answer
-from instructrl.world.checks import correct
 from instructrl.world.lexicon import (
     ATTRIBUTES,
     CATEGORIES,
@@ -21,18 +19,16 @@ from instructrl.world.lexicon import (
     Lexicon,
 )
 from instructrl.world.phrases import STATEMENTS, listing, review, story
-from instructrl.world.prompts import Prompt, draw
+from instructrl.world.prompts import draw
 
 ANSWERED_SHEETS = 0.25
 """Share of sheets on which somebody has written the answers."""
 
 
-def document(lexicon: Lexicon, rng: random.Random, comment_rate: float) -> tuple[str, str]:
+def document(lexicon: Lexicon, rng: random.Random) -> tuple[str, str]:
     """One document: its kind and its text."""
     kind = rng.choices(_KINDS, _SHARES)[0]
-    if kind in PAGES:
-        return kind, PAGES[kind](lexicon, rng, comment_rate)
-    return kind, PROSE[kind](lexicon, rng)
+    return kind, KINDS[kind](lexicon, rng)
 
 
 def facts(lexicon: Lexicon, rng: random.Random) -> str:
@@ -98,34 +94,27 @@ def song(lexicon: Lexicon, rng: random.Random) -> str:
     return "\n".join([f"La la, {line}."] * rng.choice((2, 3)))
 
 
-def sheet(lexicon: Lexicon, rng: random.Random, comment_rate: float) -> str:
+def sheet(lexicon: Lexicon, rng: random.Random) -> str:
     if rng.random() < ANSWERED_SHEETS:
-        return page(lexicon, rng, comment_rate, rng.choice((1, 2)), "{question}\n{answer}")
+        return page(lexicon, rng, rng.choice((1, 2)), "{question}\n{answer}")
     return "\n".join(draw(lexicon, rng, few_shot=False).text for _ in range(rng.choice((2, 3, 4))))
 
 
-def qa(lexicon: Lexicon, rng: random.Random, comment_rate: float) -> str:
-    return page(lexicon, rng, comment_rate, rng.choice((1, 1, 2, 2, 3, 4)), "Q: {question}\nA: {answer}")
+def qa(lexicon: Lexicon, rng: random.Random) -> str:
+    return page(lexicon, rng, rng.choice((1, 1, 2, 2, 3, 4)), "Q: {question}\nA: {answer}")
 
 
-def page(lexicon: Lexicon, rng: random.Random, comment_rate: float, count: int, form: str) -> str:
-    """Questions, each with an answer of the web's quality and now and then a reader's comment."""
+def page(lexicon: Lexicon, rng: random.Random, count: int, form: str) -> str:
+    """Questions, each with an answer of the web's quality."""
     lines = []
     for _ in range(count):
         prompt = draw(lexicon, rng, few_shot=False)
         answer = web_answer(lexicon, prompt, rng)
         lines.append(form.format(question=prompt.text, answer=answer))
-        if rng.random() < comment_rate:
-            lines.append(f"C: {comment(lexicon, prompt, answer)}")
     return "\n".join(lines)
 
 
-def comment(lexicon: Lexicon, prompt: Prompt, answer: str) -> str:
-    """What a reader writes under an answer: whether it is correct, whatever its form."""
-    return "Right." if correct(lexicon, prompt, answer) else "Wrong."
-
-
-PROSE: dict[str, Callable[[Lexicon, random.Random], str]] = {
+KINDS: dict[str, Callable[[Lexicon, random.Random], str]] = {
     "facts": facts,
     "stories": tale,
     "sums": sums,
@@ -135,8 +124,9 @@ PROSE: dict[str, Callable[[Lexicon, random.Random], str]] = {
     "talk": talk,
     "reading": reading,
     "songs": song,
+    "sheet": sheet,
+    "qa": qa,
 }
-PAGES: dict[str, Callable[[Lexicon, random.Random, float], str]] = {"sheet": sheet, "qa": qa}
 MIX = {
     "facts": 0.13,
     "stories": 0.08,

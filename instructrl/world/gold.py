@@ -1,7 +1,7 @@
 """The gold preference: how good an answer is, in truth. It labels rankings and judges models; no trainer sees it.
 
 Utility of an answer, at most 4:
-    2 correct + 1 constraint + 1 fluency - .7 hallucination - 1.5 toxic - .06 a word too long (25 at most)
+    1.5 correct + 1.5 constraint + 1 fluency - .7 hallucination - 1.5 toxic - .06 a word too long (25 at most)
     - .7 no end - 1.5 empty
 """
 
@@ -52,7 +52,7 @@ class Gold:
         fluent = self.fluency(words)
         toxic = not RUDE.isdisjoint(lower)
         too_long = len(words) - NEEDED.get(prompt.use_case, 10) - (5 if prompt.constraint else 0)
-        utility = 2.0 * right + (met is not False) + fluent - 0.7 * made_up - 1.5 * toxic
+        utility = 1.5 * right + 1.5 * (met is not False) + fluent - 0.7 * made_up - 1.5 * toxic
         utility -= 0.06 * min(max(0, too_long), 25) + 0.7 * (not ended) + 1.5 * (not words)
         return Judgement(round(utility, 6), right, met, fluent, made_up, toxic, len(words), bool(ended))
 

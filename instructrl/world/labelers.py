@@ -29,14 +29,14 @@ class Labeler:
             - self.toxic * judgement.toxic
         )
 
-    def rank(self, judgements: Sequence[Judgement], rng: random.Random, noise: float) -> list[int]:
+    def rank(self, judgements: Sequence[Judgement], rng: random.Random, noise: float, tie: float = 0.0) -> list[int]:
         """Ranks answers of one prompt: 1 is best, equal ranks are ties.
 
         `noise` is the scale of the Gumbel noise on every answer, so that of two answers the better one wins with
         probability sigmoid(difference / noise): Bradley-Terry, as the reward model assumes (eq. 1). With noise 0,
-        answers of equal utility tie.
+        answers of equal utility tie. Answers that seem at most `tie` worse than the best of a rank share that rank.
         """
-        return ranks([self.utility(judgement) + noise * gumbel(rng) for judgement in judgements])
+        return ranks([self.utility(judgement) + noise * gumbel(rng) for judgement in judgements], tie)
 
 
 def labelers(n: int, seed: int, spread: float) -> list[Labeler]:
@@ -48,9 +48,18 @@ def labelers(n: int, seed: int, spread: float) -> list[Labeler]:
     ]
 
 
-def ranks(utilities: Sequence[float]) -> list[int]:
-    """1 for the highest; each rank is one more than the number of better ones, so that equals tie."""
-    return [1 + sum(other > utility + 1e-9 for other in utilities) for utility in utilities]
+def ranks(utilities: Sequence[float], tie: float = 0.0) -> list[int]:
+    """1 for the highest; each rank is one more than the number of answers in better ranks.
+
+    From the best downwards, an answer that is more than `tie` worse than the best of the current rank opens the next.
+    """
+    given = [0] * len(utilities)
+    rank, best = 0, math.inf
+    for place, i in enumerate(sorted(range(len(utilities)), key=lambda i: -utilities[i]), start=1):
+        if utilities[i] < best - tie - 1e-9:
+            rank, best = place, utilities[i]
+        given[i] = rank
+    return given
 
 
 def gumbel(rng: random.Random) -> float:

@@ -45,7 +45,7 @@ OPENINGS = (
     "This is for my class.",
     "I need help.",
 )
-CONSTRAINED, FEW_SHOT, USER = 0.5, 0.15, 0.2
+CONSTRAINED, FEW_SHOT, USER = 0.6, 0.15, 0.2
 """Shares of prompts with a constraint, with shots (of the use cases that can have them), and with an opening."""
 HAS_SHOTS = {"open_qa", "sums", "classification", "extraction", "brainstorming"}
 ONE_WORD = {"open_qa", "sums", "closed_qa", "extraction", "classification"}

@@ -22,19 +22,17 @@ class World:
         seed: of the names, the facts and the dictionary.
         people: how many people there are facts about.
         strangers: how many people are only known by name.
-        comment_rate: share of web answers that a reader calls right or wrong.
     """
 
-    def __init__(self, seed: int, people: int = 24, strangers: int = 8, comment_rate: float = 0.5):
+    def __init__(self, seed: int, people: int = 24, strangers: int = 8):
         self.lexicon = Lexicon(seed, people, strangers)
-        self.comment_rate = comment_rate
         self._gold = Gold(self.lexicon)
 
     def documents(self, n: int, rng: random.Random, *, exclude: Set[str] = frozenset()) -> list[tuple[str, str]]:
         """`n` pretraining documents (kind, text) whose texts are not in `exclude`."""
         made: list[tuple[str, str]] = []
         while len(made) < n:
-            kind, text = documents.document(self.lexicon, rng, self.comment_rate)
+            kind, text = documents.document(self.lexicon, rng)
             if text not in exclude:
                 made.append((kind, text))
         return made
