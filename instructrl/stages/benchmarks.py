@@ -1,0 +1,105 @@
+"""What a model knows, apart from following instructions, which shows the alignment tax: multiple choice, held-out text.
+
+Multiple choice goes by the mean log-probability per token of each choice at temperature 1, as in the paper (App. D; it
+prints "lowest", which must be highest).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from instructrl.stages.tables import read_table
+from instructrl.stages.template import Template
+from instructrl.trainers.rollout import length_batches, next_token_logits, pad_right, score_logprobs
+
+
+def task_results(
+    model: PreTrainedModel, rows: Sequence[dict], template: Template, context: int, max_tokens: int
+) -> dict[str, list[int]]:
+    """1 or 0 for each question of each task (rows of TASKS). A question that is too long loses its beginning."""
+    plain = Template(template.tokenizer, "{prompt}")
+    questions = []
+    for row in rows:
+        choices = [plain.response(choice)[:-1] for choice in row["choices"]]
+        room = context - max(map(len, choices)) - len(plain.bos)
+        questions.append((plain.bos + plain.prompt(row["context"])[len(plain.bos) :][-room:], choices))
+    scores = choice_scores(model, questions, template.tokenizer.pad_token_id, max_tokens)
+    results: dict[str, list[int]] = {}
+    for row, of_choices in zip(rows, scores, strict=True):
+        best = max(range(len(of_choices)), key=lambda number: of_choices[number])
+        results.setdefault(row["task"], []).append(int(best == row["answer"]))
+    return results
+
+
+@torch.no_grad()
+def choice_scores(
+    model: PreTrainedModel,
+    questions: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]],
+    pad_token_id: int,
+    max_tokens: int,
+) -> list[list[float]]:
+    """Mean log-probability per token of each choice after its context; questions of (context, choices) as ids.
+
+    Choices that differ in their last token only share one forward pass: a question with one-word choices costs one.
+    """
+    inputs: dict[tuple[tuple[int, ...], int], list[tuple[int, int]]] = {}
+    for question, (context, choices) in enumerate(questions):
+        for number, choice in enumerate(choices):
+            sequence = (*context, *choice[:-1])
+            inputs.setdefault((sequence, len(context)), []).append((question, number))
+    keys = list(inputs)
+    scores = [[0.0] * len(choices) for _, choices in questions]
+    for batch in length_batches([len(sequence) for sequence, _ in keys], max_tokens):
+        rows = [keys[index] for index in batch]
+        ids = pad_right([sequence for sequence, _ in rows], pad_token_id, model.device)
+        columns = torch.arange(ids.shape[1])[None]
+        start = torch.tensor([before - 1 for _, before in rows])[:, None]
+        end = torch.tensor([len(sequence) for sequence, _ in rows])[:, None]
+        where = ((columns >= start) & (columns < end)).to(model.device)
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[where]
+        logits = next_token_logits(model, hidden, pad_token_id).float()  # [choice positions, V]
+        places, tokens, owners, first = [], [], [], 0
+        for sequence, before in rows:
+            for question, number in inputs[sequence, before]:
+                choice = questions[question][1][number]
+                places += range(first, first + len(choice))
+                tokens += choice
+                owners.append((question, number, len(choice)))
+            first += len(sequence) - before + 1
+        at = torch.tensor(places, device=logits.device)
+        found = logits[at, torch.tensor(tokens, device=logits.device)] - logits.logsumexp(-1)[at]
+        for (question, number, _), part in zip(
+            owners, found.cpu().split([length for _, _, length in owners]), strict=True
+        ):
+            scores[question][number] = float(part.mean())
+    return scores
+
+
+def text_losses(
+    model: PreTrainedModel, rows: Sequence[dict], template: Template, context: int, max_tokens: int
+) -> list[tuple[float, int]]:
+    """(negative log-likelihood in nats, tokens) of each document (rows of TEXT), cut at the model's context."""
+    documents = [template.document(row["text"])[:context] for row in rows]
+    pad = template.tokenizer.pad_token_id
+    logprobs = score_logprobs(
+        model, documents, [1] * len(documents), temperature=1.0, pad_token_id=pad, max_tokens=max_tokens
+    )
+    losses = []
+    for values in logprobs:
+        known = torch.isfinite(values)  # a model whose padding token is <unk> cannot predict unknown characters
+        losses.append((-float(values[known].double().sum()), int(known.sum())))
+    return losses
+
+
+def held_out_text(data: Path, limit: int) -> list[dict]:
+    """The first `limit` held-out documents of each kind."""
+    path = data / "text.valid.parquet"
+    counts: dict[str, int] = {}
+    kept = []
+    for row in read_table(path) if path.exists() else []:
+        counts[row["kind"]] = counts.get(row["kind"], 0) + 1
+        if counts[row["kind"]] <= limit:
+            kept.append(row)
+    return kept

@@ -1,0 +1,336 @@
+"""`report.md` and the five-model table, from the numbers of `metrics.json`. Nothing is computed here."""
+
+import html
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from instructrl.stages.claims import FAILS, HOLDS, UNDECIDED
+from instructrl.stages.judging import BASELINE, NAMES
+
+if TYPE_CHECKING:
+    from instructrl.stages.scores import Scores
+    from instructrl.stages.study import Study
+
+PACKAGES = ("instructrl", "torch", "transformers", "trl", "datasets")
+LONGEST_SHOWN = 600  # characters of a prompt or answer
+WHAT_CHANGES = {
+    "sft - gpt": "SFT - GPT",
+    "ppo - gpt": "PPO - GPT",
+    "ppo - sft": "PPO - SFT",
+    "ppo_ptx - ppo": "PPO-ptx - PPO",
+    "ppo_ptx - gpt": "PPO-ptx - GPT",
+}
+
+
+def versions() -> dict[str, str]:
+    """The versions of what made the numbers."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except ModuleNotFoundError:  # run from a checkout that is not installed
+            found[package] = "not installed"
+    return found
+
+
+def headline(metrics: dict) -> dict:
+    """The numbers for the manifest and `show eval`."""
+    numbers: dict = {}
+    for name, found in metrics["models"].items():
+        for key in ("win_rate", "kl", "length", "reward", "tasks_average", "text_loss_all"):
+            if found[key] is not None:
+                numbers[f"{name}/{key}"] = [round(part, 4) for part in found[key]]
+    verdicts = [checked["verdict"] for checked in metrics["claims"]]
+    counts = {f"claims that {verdict}": verdicts.count(verdict) for verdict in (HOLDS, FAILS)}
+    return numbers | counts | {"claims undecided": verdicts.count(UNDECIDED), "table": metrics["table"]}
+
+
+def table(metrics: dict) -> dict:
+    """The five-model table: {"columns": [...], "rows": [[...]], "notes": [...]}, all text."""
+    models = metrics["models"].values()
+    columns = {
+        "model": lambda m: m["name"],
+        "win rate vs SFT": lambda m: shares(m["win_rate"]),
+        "greedy": lambda m: shares(m.get("win_rate_greedy")),
+        "KL from SFT": lambda m: number(m["kl"], 2),
+        "length": lambda m: number(m["length"], 1),
+        "reward": lambda m: number(m["reward"], 2),
+        "public tasks": lambda m: number(m["tasks_average"], 3),
+        "held-out loss": lambda m: number(m["text_loss_all"], 3),
+    }
+    rows = [[cell(model) for cell in columns.values()] for model in models]
+    used = [index for index in range(len(columns)) if any(row[index] != "-" for row in rows)]
+    names = list(columns)
+    kept = "" if metrics["judge_held_out"] else " No reward model judged."
+    notes = [
+        f"Judge: {metrics['judge_description']}.{kept} {metrics['prompts']} held-out prompts, temperature "
+        f"{metrics['temperature']:g}; brackets are 95 % intervals over prompts.",
+    ]
+    failed = [checked["claim"] for checked in metrics["claims"] if checked["verdict"] != HOLDS]
+    notes.append(
+        "All of the paper's claims that were checked hold."
+        if not failed
+        else f"{len(failed)} of {len(metrics['claims'])} claims do not hold or are undecided; report.md lists them."
+    )
+    return {
+        "columns": [names[index] for index in used],
+        "rows": [[row[index] for index in used] for row in rows],
+        "notes": notes,
+    }
+
+
+def number(interval: Sequence[float] | None, digits: int) -> str:
+    """The mean alone."""
+    return "-" if interval is None else f"{interval[0]:.{digits}f}"
+
+
+def shares(interval: Sequence[float] | None) -> str:
+    """`.62 [.59, .65]`"""
+    if interval is None:
+        return "-"
+    mean, low, high = (f"{part:.3f}".removeprefix("0") for part in interval)
+    return f"{mean} [{low}, {high}]"
+
+
+def signed(interval: Sequence[float]) -> str:
+    """`-.021 [-.040, -.002]`"""
+    mean, low, high = (f"{part:+.3f}".replace("0.", ".", 1) for part in interval)
+    return f"{mean} [{low}, {high}]"
+
+
+# ---- Markdown
+
+
+def markdown(metrics: dict, shown: list[dict]) -> str:
+    """The whole report. `shown`: {prompt, category, answers: {model's name: text}} of a handful of prompts."""
+    parts = [
+        f"# {cell(metrics['recipe'])}: five models",
+        introduction(metrics),
+        "## Win rates",
+        grid(metrics["table"]["columns"], metrics["table"]["rows"]),
+        win_rate_notes(metrics),
+        "## The paper's claims on this run",
+        claim_table(metrics["claims"]),
+        "A claim holds if its 95 % interval is on the claimed side of the border, does not hold if it is on the other, "
+        "and is undecided in between. One run with one seed: another seed may move what is close.",
+        *gold_section(metrics),
+        *tax_section(metrics),
+        *reward_model_section(metrics),
+        *sample_section(shown),
+        "## How this was made",
+        making(metrics),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def introduction(metrics: dict) -> str:
+    return (
+        f"Recipe `{code(metrics['recipe'])}`, seed {metrics['seed']}, base model `{code(str(metrics['model']))}`. "
+        f"{metrics['prompts']} held-out prompts, none of which trained any model. "
+        f"The judge is {cell(metrics['judge_description'])}."
+    )
+
+
+def win_rate_notes(metrics: dict) -> str:
+    notes = [
+        f"Win rate: share of prompts on which the model's answer is better than SFT's, ties half, at temperature "
+        f"{metrics['temperature']:g} and greedily; in brackets the 95 % bootstrap interval over prompts. KL: nats per "
+        "answer from SFT. Length: tokens of an answer. Reward: the reward model that PPO trained against, 0 for the "
+        "demonstrations' mean.",
+        "A gain at temperature 1 that is gone when decoding greedily is sharpening, not better judgement.",
+    ]
+    if metrics["judge"] == "reward_model":
+        notes.append("The judge is a model: it shares the taste, and some of the errors, of the reward model.")
+    prefix = metrics["prefix"]
+    if prefix.get("rewards"):
+        notes.append(
+            f"GPT (prompted) reads the one of {len(prefix['rewards'])} prefixes with the highest mean reward on "
+            f"{prefix['prompts']} validation prompts (App. C.5)."
+        )
+    ended = ", ".join(f"{found['name']} {found['ended'][0]:.2f}" for found in metrics["models"].values())
+    return "\n\n".join([*notes, f"Share of answers that ended by themselves: {ended}."])
+
+
+def claim_table(checked: list[dict]) -> str:
+    marks = {HOLDS: "holds", FAILS: "**does not hold**", UNDECIDED: "*undecided*"}
+    rows = [[cell(c["claim"]), plain(c["number"]), f"{c['border']:g}", marks[c["verdict"]]] for c in checked]
+    return grid(["claim", "number [95 %]", "border", "on this run"], rows, escaped=True)
+
+
+def plain(interval: Sequence[float]) -> str:
+    mean, low, high = interval
+    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def gold_section(metrics: dict) -> list[str]:
+    """What the gold preference is made of, at both temperatures."""
+    if not all("gold" in found for found in metrics["models"].values()):
+        return []
+    parts = ("utility", "correct", "constraint", "hallucination", "toxic")
+    rows = []
+    for found in metrics["models"].values():
+        for decoding, place in ((f"temperature {metrics['temperature']:g}", found), ("greedy", found["greedy"])):
+            rows.append([found["name"], decoding, *(number(place["gold"][part], 3) for part in parts)])
+    return [
+        "## What the gold preference sees",
+        "Mean utility, and the share of answers that are correct, meet the prompt's constraint (where it has one), "
+        "make something up, and are rude.",
+        grid(["model", "decoding", *parts], rows),
+    ]
+
+
+def tax_section(metrics: dict) -> list[str]:
+    """The alignment tax: public tasks and held-out text."""
+    sections = []
+    for key, title, unit in (
+        ("tasks", "public tasks", "accuracy, multiple choice by mean log-probability per token (App. D)"),
+        ("text_loss", "held-out text", "loss in nats per token; lower is better"),
+    ):
+        changes = metrics["tax"][key]
+        if not changes:
+            continue
+        models = [name for name in NAMES if name != "gpt_prompted"]
+        names = [name for name in changes if name != "all"]
+        rows = [[cell(name), *(number(metrics["models"][model][key][name], 3) for model in models)] for name in names]
+        whole = "tasks_average" if key == "tasks" else "text_loss_all"
+        label = "average" if key == "tasks" else "all"
+        rows.append([f"**{label}**", *(number(metrics["models"][model][whole], 3) for model in models)])
+        deltas = [[cell(name), *(signed(found[pair]) for pair in WHAT_CHANGES)] for name, found in changes.items()]
+        sections += [
+            f"## The alignment tax: {title}",
+            f"In {unit}.",
+            grid([title, *(NAMES[model] for model in models)], rows, escaped=True),
+            "Differences with their 95 % intervals, paired:",
+            grid([title, *WHAT_CHANGES.values()], deltas, escaped=True),
+        ]
+    return sections
+
+
+def reward_model_section(metrics: dict) -> list[str]:
+    """What the reward model stage (and the judge's) measured."""
+    columns = [
+        "",
+        "rankings",
+        "accuracy",
+        "longer wins",
+        "bag of words",
+        "labelers agree",
+        "held-out labelers",
+        "pairs",
+    ]
+    rows, notes = [], []
+    for title, found in (("reward model", metrics["reward_model"]), ("judge", metrics["judge_model"] or [])):
+        for row in found:
+            names = ("accuracy", "agreement", "held_out_agreement")
+            accuracy, agreement, held_out = (shares(row[name]) for name in names)
+            baselines = [
+                number([row[name]], 2) if row[name] is not None else "-" for name in ("longer_wins", "bag_of_words")
+            ]
+            rows.append([title, row["on"], accuracy, *baselines, agreement, held_out, str(row["pairs"])])
+        for name, what in (
+            ("held_out_accuracy", "rankings by held-out labelers"),
+            ("gold_accuracy", "the gold preference"),
+        ):
+            if found and found[0][name] is not None:
+                notes.append(f"The {title}'s accuracy on {what} is {found[0][name]:.3f}.")
+    if not rows:
+        return []
+    return [
+        "## Reward model",
+        "Share of the pairs of held-out rankings that it orders as the labelers did, ties left out; beside it what the "
+        "longer answer, and a linear model of words, get right, and how often two labelers agree.",
+        grid(columns, rows),
+        *([" ".join(notes)] if notes else []),
+    ]
+
+
+def sample_section(shown: list[dict]) -> list[str]:
+    if not shown:
+        return []
+    parts = ["## Side by side", "The first held-out prompts of each kind, as sampled; nothing is picked."]
+    for number_, sample in enumerate(shown, 1):
+        lines = ["prompt:", *indented(sample["prompt"])]
+        for name, text in sample["answers"].items():
+            lines += [f"{name}:", *indented(text)]
+        title = f"### {number_}" + (f". {cell(sample['category'])}" if sample["category"] else "")
+        parts += [title, fenced("\n".join(lines))]
+    return parts
+
+
+def making(metrics: dict) -> str:
+    found = ", ".join(f"{package} {number_}" for package, number_ in metrics["versions"].items())
+    return (
+        f"{found}. The seed is {metrics['seed']}; all models answered with the same random numbers.\n\n"
+        "Scale: the paper's models have 1.3 to 175 billion parameters and people judged them. A run of this size shows "
+        "whether the method does what the paper says it does; it says nothing about models of that size."
+    )
+
+
+# ---- what text may do to a page: nothing
+
+
+def grid(columns: Sequence[str], rows: Iterable[Sequence[str]], escaped: bool = False) -> str:
+    """A Markdown table. Cells are escaped here unless they are `escaped` already."""
+    made = [list(row) if escaped else [cell(text) for text in row] for row in rows]
+    head = f"| {' | '.join(columns)} |"
+    return "\n".join([head, "|" + " --- |" * len(columns), *(f"| {' | '.join(row)} |" for row in made)])
+
+
+def cell(text: str) -> str:
+    """Text that Markdown shows as it is, on one line of a table: no markup, no HTML."""
+    safe = html.escape(printable(text), quote=False).replace("\n", " ").replace("\t", " ")
+    return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", safe)
+
+
+def code(text: str) -> str:
+    """Text for between two backticks."""
+    return printable(text).replace("`", "'").replace("\n", " ").replace("|", "/")
+
+
+def fenced(text: str) -> str:
+    """A code block whose fence is longer than any run of backticks inside: nothing in it is markup."""
+    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 3)
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def indented(text: str) -> list[str]:
+    cut = text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]} ... ({len(text)} characters)"
+    return [f"    {line}" for line in printable(cut).split("\n")]
+
+
+def printable(text: str) -> str:
+    """Control, direction and other invisible characters as escapes, so that they cannot change what surrounds them."""
+    shown = []
+    for letter in text.replace("\r\n", "\n"):
+        hidden = unicodedata.category(letter) in ("Cc", "Cf", "Co", "Cs", "Zl", "Zp") and letter not in "\n\t"
+        shown.append(f"\\u{ord(letter):04x}" if hidden else letter)
+    return "".join(shown)
+
+
+def shown(study: "Study", scores: "Scores") -> list[dict]:
+    """A handful of prompts with every model's answer: one of each category in turn, in the order of the prompts."""
+    by_category: dict[str, list[int]] = {}
+    for number_, row in enumerate(study.prompts):
+        by_category.setdefault(row["category"] or row["source"], []).append(number_)
+    turns = sorted((turn, numbers[turn]) for numbers in by_category.values() for turn in range(len(numbers)))
+    chosen = [number_ for _, number_ in turns[: study.recipe.eval.samples_shown]]
+    samples, t = [], study.recipe.eval.temperature
+    for number_ in chosen:
+        row = study.prompts[number_]
+        given = {}
+        for name, title in NAMES.items():
+            verdict = verdict_of(scores, name, t, number_)
+            given[title + verdict] = study.answers[name][t][number_].text
+        samples.append({"prompt": row["prompt"], "category": row["category"] or row["source"], "answers": given})
+    return samples
+
+
+def verdict_of(scores: "Scores", name: str, temperature: float, number_: int) -> str:
+    """` (beats SFT)` and so on."""
+    if name == BASELINE or (name, temperature) not in scores.outcomes:
+        return ""
+    said = {1.0: "beats SFT", 0.5: "ties with SFT", 0.0: "loses to SFT"}
+    return f" ({said[float(scores.outcomes[name, temperature][number_])]})"

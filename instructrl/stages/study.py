@@ -1,0 +1,103 @@
+"""An evaluation's models at work: each answers the held-out prompts, and is tested on what it knows."""
+
+import json
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from instructrl.config import Recipe
+from instructrl.stages import answers, benchmarks
+from instructrl.stages.answers import Answer
+from instructrl.stages.judging import Scorer
+from instructrl.stages.models import load_policy
+from instructrl.stages.tables import read_table
+from instructrl.stages.template import Template
+
+GREEDY = 0.0
+"""The temperature that every report shows beside the recipe's."""
+
+
+class Study:
+    """What an evaluation works on: the recipe, the artifacts, the prompts, and the answers so far."""
+
+    def __init__(self, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> None:
+        self.recipe, self.inputs, self.folder = recipe, inputs, folder
+        self.template = Template.load(inputs["sft"] / "model")
+        self.context = context_of(load_policy(inputs["sft"] / "model", recipe))
+        settings = recipe.eval
+        self.prompts = self._prompts("prompts.eval", settings.num_prompts)
+        self.temperatures = sorted({settings.temperature, GREEDY}, reverse=True)
+        tasks = inputs["data"] / "tasks.parquet"
+        self.tasks = read_table(tasks) if tasks.exists() else []
+        self.text = benchmarks.held_out_text(inputs["data"], settings.num_prompts)
+        self.answers: dict[str, dict[float, list[Answer]]] = {}
+        self.knows: dict[str, dict] = {}
+        self.prefix: dict = {}
+
+    @property
+    def pad(self) -> int:
+        return self.template.tokenizer.pad_token_id
+
+    def _prompts(self, table: str, limit: int) -> list[dict]:
+        return answers.held_out_prompts(self.recipe, self.inputs["data"], self.template, self.context, table, limit)
+
+    def model(self, name: str) -> PreTrainedModel:
+        """One of the five models' weights."""
+        if name in ("gpt", "gpt_prompted"):
+            base = self.inputs["pretrain"] / "model" if "pretrain" in self.inputs else self.recipe.model.path
+            model = load_policy(base, self.recipe)
+            answers.make_room(model, self.template)
+            return model
+        return load_policy(self.inputs[name] / "model", self.recipe)
+
+    def ask(self, name: str) -> None:
+        """Sample a model's answers at each temperature, and test what it knows; or read that from the disk."""
+        done = self.folder / "checkpoints" / f"{name}.json"
+        if not done.exists():
+            found = self._ask_prompted() if name == "gpt_prompted" else self._ask(name)
+            done.parent.mkdir(exist_ok=True)
+            half = done.with_suffix(".tmp")
+            half.write_text(json.dumps(found))
+            half.rename(done)
+        found = json.loads(done.read_text())
+        self.answers[name] = {float(key): [Answer(**row) for row in rows] for key, rows in found["answers"].items()}
+        self.knows[name] = self.knows["gpt"] if name == "gpt_prompted" else found["knows"]
+        self.prefix = found.get("prefix", self.prefix)
+
+    def _ask(self, name: str) -> dict:
+        model, limit = self.model(name), self.recipe.runtime.max_tokens
+        ids = [row["ids"] for row in self.prompts]
+        found = {str(t): answers.sample(model, ids, self.template, self.recipe, t) for t in self.temperatures}
+        common = (self.template, self.context, limit)
+        knows = {
+            "tasks": benchmarks.task_results(model, self.tasks, *common) if self.tasks else {},
+            "text": benchmarks.text_losses(model, self.text, *common) if self.text else [],
+        }
+        return {"answers": {key: [one.to_json() for one in rows] for key, rows in found.items()}, "knows": knows}
+
+    def _ask_prompted(self) -> dict:
+        recipe, model = self.recipe, self.model("gpt_prompted")
+        stop = recipe.eval.prompted_stop
+        stops = answers.stop_tokens(self.template, stop)
+
+        def sample(prefix: str, rows: list[dict], temperature: float) -> list[Answer]:
+            ids = answers.prefixed(recipe, prefix, rows, self.template, self.context)
+            return answers.sample(model, ids, self.template, recipe, temperature, stops, stop)
+
+        candidates = answers.prefixes(recipe, self.inputs["data"])
+        best, rewards = candidates[0], {}
+        valid = self._prompts("prompts.valid", answers.PREFIX_PROMPTS) if len(candidates) > 1 else []
+        if valid:
+            judge = Scorer(self.inputs["reward_model"] / "model", recipe)
+            best, rewards = answers.choose_prefix(
+                candidates,
+                lambda prefix: judge.scores(valid, sample(prefix, valid, recipe.eval.temperature), self.pad).mean(),
+            )
+        found = {str(t): [one.to_json() for one in sample(best, self.prompts, t)] for t in self.temperatures}
+        prefix = {"chosen": best, "rewards": rewards, "prompts": len(valid)}
+        return {"answers": found, "prefix": prefix}
+
+
+def context_of(model: PreTrainedModel) -> int:
+    """The most tokens a model reads."""
+    return getattr(model.config, "max_position_embeddings", None) or 2**20

@@ -1,0 +1,341 @@
+"""The whole evaluation on small random models made here: every number against a plain computation of it."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+from instructrl.config import Recipe
+from instructrl.errors import UserError
+from instructrl.stages import answers, benchmarks, data, judging, study
+from instructrl.stages import eval as stage
+from instructrl.stages.pretrain import make_tokenizer
+from instructrl.stages.tables import read_table
+from instructrl.stages.template import Template
+from instructrl.world import Prompt, make_world
+
+SIZES = {"documents": 300, "valid_documents": 30, "demonstrations": 60, "ranked_prompts": 40}
+SIZES |= {"valid_ranked_prompts": 20, "ppo_prompts": 60, "eval_prompts": 40}
+EVAL = {"judge": "gold", "num_prompts": 24, "response_length": 12, "bootstrap_samples": 200, "samples_shown": 5}
+MODELS = ("pretrain", "sft", "ppo", "ppo_ptx")
+
+
+def llama(tokenizer, kind, seed, **options):
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=256, **sizes, **special, **options)
+    config.initializer_range = 0.2  # so that the models differ
+    return kind(config).eval()
+
+
+def make_inputs(folder, recipe):
+    """Artifacts as the stages leave them, with random weights."""
+    (folder / "data").mkdir(parents=True)
+    data.run("data", recipe, {}, folder / "data")
+    texts = [row["text"] for row in read_table(folder / "data" / "text.train.parquet")]
+    template = Template(make_tokenizer(texts, 400), recipe.model.template)
+    inputs = {"data": folder / "data"}
+    for seed, name in enumerate(MODELS):
+        llama(template.tokenizer, LlamaForCausalLM, seed).save_pretrained(folder / name / "model")
+        template.save(folder / name / "model")
+        inputs[name] = folder / name
+    for seed, name in enumerate(("reward_model", "judge"), 10):
+        model = llama(template.tokenizer, LlamaForSequenceClassification, seed, num_labels=1)
+        model.config.reward_bias = 0.25
+        model.save_pretrained(folder / name / "model")
+        inputs[name] = folder / name
+    return inputs
+
+
+@pytest.fixture(scope="module")
+def world_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    recipe = Recipe(name="small", model={"path": None}, data={"world": SIZES}, eval=EVAL)
+    inputs = make_inputs(folder, recipe)
+    (folder / "eval").mkdir()
+    found = stage.run("eval", recipe, inputs, folder / "eval")
+    metrics = json.loads((folder / "eval" / "metrics.json").read_text())
+    rows = read_table(folder / "eval" / "samples.parquet")
+    return recipe, inputs, folder / "eval", found, metrics, rows
+
+
+def of(rows, model, temperature):
+    return [row for row in rows if row["model"] == model and row["temperature"] == temperature]
+
+
+def test_every_model_answers_the_same_prompts_at_both_temperatures(world_run):
+    *_, rows = world_run
+    assert len(rows) == 5 * 2 * 24
+    prompts = [row["prompt"] for row in of(rows, "sft", 1.0)]
+    assert len(set(prompts)) == 24
+    for model in judging.NAMES:
+        for temperature in (1.0, 0.0):
+            assert [row["prompt"] for row in of(rows, model, temperature)] == prompts
+
+
+def test_win_rates_are_those_of_the_gold_preference(world_run):
+    recipe, inputs, _, _, metrics, rows = world_run
+    world = make_world(recipe.data.world, recipe.seed)
+    specs = {row["prompt"]: row["spec"] for row in read_table(inputs["data"] / "prompts.eval.parquet")}
+    for temperature, key in ((1.0, "win_rate"), (0.0, "win_rate_greedy")):
+        utility = {}
+        for row in rows:
+            prompt = Prompt.from_json(specs[row["prompt"]])
+            judged = world.judge(prompt, row["response"], row["ended"])
+            utility[row["model"], row["temperature"], row["prompt"]] = judged.utility
+        for model in judging.NAMES:
+            points = 0.0
+            for prompt in {row["prompt"] for row in rows}:
+                ours, theirs = (utility[name, temperature, prompt] for name in (model, "sft"))
+                points += 1.0 if ours > theirs + 1e-6 else 0.5 if abs(ours - theirs) <= 1e-6 else 0.0
+            mean, low, high = metrics["models"][model][key]
+            assert mean == pytest.approx(points / 24)
+            assert 0 <= low <= mean <= high <= 1
+    assert metrics["models"]["sft"]["win_rate"] == [0.5, 0.5, 0.5]
+
+
+def test_rewards_are_the_reward_models_less_its_bias(world_run):
+    _, inputs, _, _, metrics, rows = world_run
+    template = Template.load(inputs["sft"] / "model")
+    model = LlamaForSequenceClassification.from_pretrained(inputs["reward_model"] / "model").eval()
+    for name in ("gpt", "gpt_prompted", "ppo"):
+        for row in of(rows, name, 1.0)[:4]:
+            response = template.response(row["response"]) if row["ended"] else template.response(row["response"])[:-1]
+            ids = template.prompt(row["prompt"]) + response
+            if (
+                name != "gpt_prompted"
+                and template.decode(ids[len(template.prompt(row["prompt"])) :]) != row["response"]
+            ):
+                continue
+            with torch.no_grad():
+                scores = model.score(model.model(torch.tensor([ids])).last_hidden_state)
+            if len(response) - row["ended"] == row["tokens"]:  # sampled ids are those of the text
+                assert row["reward"] == pytest.approx(float(scores[0, -1, 0]) - 0.25, abs=1e-4)
+    rewards = [row["reward"] for row in of(rows, "ppo", 1.0)]
+    assert metrics["models"]["ppo"]["reward"][0] == pytest.approx(np.mean(rewards))
+
+
+def test_kl_is_the_log_ratio_of_the_answers(world_run):
+    recipe, inputs, _, _, metrics, rows = world_run
+    done = study.Study(recipe, inputs, world_run[2])
+    for name in judging.NAMES:
+        done.ask(name)
+    policies = [LlamaForCausalLM.from_pretrained(inputs[name] / "model").eval() for name in ("ppo", "sft")]
+    pad = done.pad
+    for number in range(4):
+        prompt, answer = done.prompts[number]["ids"], done.answers["ppo"][1.0][number]
+        ids = torch.tensor([prompt + answer.ids])
+        terms = []
+        for policy in policies:
+            with torch.no_grad():
+                logits = policy(ids).logits[0, len(prompt) - 1 : -1]
+            logits[:, pad] = -math.inf
+            terms.append(logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None]).sum())
+        assert of(rows, "ppo", 1.0)[number]["kl_from_sft"] == pytest.approx(float(terms[0] - terms[1]), abs=1e-3)
+    assert metrics["models"]["sft"]["kl"] == [0, 0, 0]
+    assert metrics["models"]["ppo"]["kl"][0] > 0
+    assert metrics["models"]["gpt"]["kl"] is None
+
+
+def test_choices_go_by_mean_log_probability(world_run):
+    """Against one forward pass a choice."""
+    _, inputs, *_ = world_run
+    template = Template(Template.load(inputs["sft"] / "model").tokenizer, "{prompt}")
+    model = LlamaForCausalLM.from_pretrained(inputs["sft"] / "model").eval()
+    pad = template.tokenizer.pad_token_id
+    contexts = ["Mia lives in", "x", "The red cup is in the"]
+    choices = [
+        [" a", " b", " the town of the people"],
+        [" one two", " one three", " one"],
+        [" cup.", " bag and the dog"],
+    ]
+    questions = [
+        (template.prompt(context), [template.response(choice)[:-1] for choice in listed])
+        for context, listed in zip(contexts, choices, strict=True)
+    ]
+    expected = []
+    for context, listed in questions:
+        for choice in listed:
+            with torch.no_grad():
+                logits = model(torch.tensor([context + choice])).logits[0, len(context) - 1 : -1]
+            logits[:, pad] = -math.inf
+            expected.append(float(logits.log_softmax(-1).gather(1, torch.tensor(choice)[:, None]).mean()))
+    for max_tokens in (1, 64, 4096):
+        found = benchmarks.choice_scores(model, questions, pad, max_tokens)
+        assert [score for scores in found for score in scores] == pytest.approx(expected, abs=1e-5)
+
+
+def test_text_losses_are_cross_entropy(world_run):
+    _, inputs, *_ = world_run
+    template = Template.load(inputs["sft"] / "model")
+    model = LlamaForCausalLM.from_pretrained(inputs["sft"] / "model").eval()
+    rows = [{"text": "The cup is red."}, {"text": "One"}, {"text": "A dog. " * 100}]
+    for row, (loss, tokens) in zip(rows, benchmarks.text_losses(model, rows, template, 64, 4096), strict=True):
+        ids = torch.tensor([template.document(row["text"])[:64]])
+        with torch.no_grad():
+            logits = model(ids).logits[0, :-1]
+        logits[:, template.tokenizer.pad_token_id] = -math.inf
+        assert tokens == ids.shape[1] - 1
+        assert loss == pytest.approx(
+            float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")), rel=1e-4
+        )
+
+
+def test_public_tasks_and_text_are_measured_and_their_changes_paired(world_run):
+    _, _, _, _, metrics, _ = world_run
+    tasks = metrics["models"]["gpt"]["tasks"]
+    assert set(tasks) == {"facts", "dictionary", "reading", "sums", "stories"}
+    for model in ("gpt", "sft", "ppo", "ppo_ptx"):
+        average = metrics["models"][model]["tasks_average"][0]
+        assert average == pytest.approx(np.mean([found[0] for found in metrics["models"][model]["tasks"].values()]))
+    for task, found in metrics["tax"]["tasks"].items():
+        expected = metrics["models"]["ppo"]["tasks"][task][0] - metrics["models"]["gpt"]["tasks"][task][0]
+        assert found["ppo - gpt"][0] == pytest.approx(expected)
+    losses = {model: found["text_loss_all"][0] for model, found in metrics["models"].items()}
+    assert metrics["tax"]["text_loss"]["all"]["ppo_ptx - ppo"][0] == pytest.approx(losses["ppo_ptx"] - losses["ppo"])
+
+
+def test_the_prompted_model_reads_a_prefix_and_stops_at_the_newline(world_run):
+    _, _, _, _, metrics, rows = world_run
+    prefix = metrics["prefix"]
+    assert prefix["chosen"] == max(prefix["rewards"], key=prefix["rewards"].get)
+    assert len(prefix["rewards"]) == answers.PREFIXES
+    assert all("\n" not in row["response"] for row in rows if row["model"] == "gpt_prompted")
+
+
+def test_stop_tokens_are_all_that_contain_the_stop():
+    tokenizer = make_tokenizer(["one.\n\ntwo.\n\n" * 50], 300)
+    found = answers.stop_tokens(Template(tokenizer), "\n")
+    assert len(found) > 1
+    assert {number for number in range(len(tokenizer)) if "\n" in tokenizer.decode([number])} == set(found)
+
+
+def test_an_interrupted_evaluation_does_not_ask_again(world_run, tmp_path, monkeypatch):
+    recipe, inputs, folder, _, metrics, _ = world_run
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("gpt", "gpt_prompted", "sft"):
+        (tmp_path / "checkpoints" / f"{name}.json").write_bytes((folder / "checkpoints" / f"{name}.json").read_bytes())
+    (tmp_path / "checkpoints" / "ppo.tmp").write_text('{"answers": {"1.0": [')  # killed while it was written
+    asked = []
+    ask = study.Study._ask
+    monkeypatch.setattr(study.Study, "_ask", lambda self, name: asked.append(name) or ask(self, name))
+    stage.run("eval", recipe, inputs, tmp_path)
+    assert asked == ["ppo", "ppo_ptx"]
+    again = json.loads((tmp_path / "metrics.json").read_text())
+    assert again == metrics
+
+
+def test_the_table_is_for_the_terminal(world_run):
+    _, _, _, found, metrics, _ = world_run
+    table = found["table"]
+    assert table == metrics["table"]
+    assert [row[0] for row in table["rows"]] == ["GPT", "GPT (prompted)", "SFT", "PPO", "PPO-ptx"]
+    assert all(
+        len(row) == len(table["columns"]) and all(isinstance(cell, str) for cell in row) for row in table["rows"]
+    )
+    assert "gold preference" in table["notes"][0]
+    json.dumps(found, allow_nan=False)
+
+
+def test_prompts_that_are_too_long(world_run, tmp_path):
+    recipe, inputs, *_ = world_run
+    short = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_prompt_tokens": 2})})
+    with pytest.raises(UserError, match=r"none of the 40 prompts of prompts\.eval has at most 2 tokens"):
+        stage.run("eval", short, inputs, tmp_path)
+
+
+# ---- other judges
+
+
+def user_recipe(folder, **settings):
+    questions = [f"What comes after {n}?" for n in range(120)]
+    rows = {
+        "d": [{"prompt": text, "response": f"{n + 1}."} for n, text in enumerate(questions[:60])],
+        "r": [{"prompt": text, "chosen": f"{n + 1}", "rejected": f"{n}"} for n, text in enumerate(questions)],
+        "t": [{"text": f"After {n} comes {n + 1}."} for n in range(60)],
+    }
+    for name, listed in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed))
+    paths = {name: ({"path": str(folder / f"{name}.jsonl")},) for name in rows}
+    sources = {"demonstrations": paths["d"], "rankings": paths["r"], "text": paths["t"]}
+    return Recipe(model={"path": None}, data=sources, eval=EVAL | settings)
+
+
+def test_a_learnt_judge(tmp_path):
+    recipe = user_recipe(tmp_path, judge="reward_model", temperature=0.0)
+    inputs = make_inputs(tmp_path, recipe)
+    (tmp_path / "eval").mkdir()
+    stage.run("eval", recipe, inputs, tmp_path / "eval")
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    rows = read_table(tmp_path / "eval" / "samples.parquet")
+    assert {row["temperature"] for row in rows} == {0.0}
+    assert len({row["reward"] for row in rows} & {row["judge_score"] for row in rows}) == 0  # another model
+    ours, theirs = ([row["judge_score"] for row in of(rows, name, 0.0)] for name in ("ppo", "sft"))
+    points = [0.5 if abs(a - b) <= 1e-6 else float(a > b) for a, b in zip(ours, theirs, strict=True)]
+    assert metrics["models"]["ppo"]["win_rate"][0] == pytest.approx(np.mean(points))
+    assert metrics["models"]["ppo"]["kl"] is None  # greedy answers are no sample
+    assert "gold" not in metrics["models"]["ppo"]
+    report = (tmp_path / "eval" / "report.md").read_text()
+    assert "a second reward model, trained on rankings of prompts that trained nothing else" in report
+
+
+LABELS = [
+    {"prompt": "p1", "model_a": "PPO", "model_b": "SFT", "winner": "a"},
+    {"prompt": "p2", "model_a": "sft", "model_b": "ppo", "winner": "model_b"},
+    {"prompt": "p3", "model_a": "ppo", "model_b": "sft", "winner": "tie"},
+    {"prompt": "p4", "model_a": "ppo", "model_b": "sft", "winner": "SFT"},
+    {"prompt": "p4", "model_a": "GPT (prompted)", "model_b": "sft", "winner": "b"},
+    {"prompt": "p4", "model_a": "gpt", "model_b": "ppo", "winner": "b"},
+]
+
+
+def labels(folder, rows):
+    path = folder / "labels.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Recipe(eval={"judge": "labels", "labels": {"path": str(path)}}, ppo_ptx={"ptx_coef": 0})
+
+
+def test_labels_by_hand(tmp_path):
+    found = judging.label_outcomes(labels(tmp_path, LABELS))
+    assert found["ppo"] == [("p1", 1.0), ("p2", 1.0), ("p3", 0.5), ("p4", 0.0)]
+    assert found["gpt_prompted"] == [("p4", 0.0)]
+    assert found["gpt"] == []
+    scores = [("a", "sft", 3), ("a", "ppo", 5), ("a", "ppo", 2), ("b", "sft", 1), ("b", "ppo", "1"), ("c", "ppo", 9)]
+    rows = [{"prompt": prompt, "model": model, "score": score} for prompt, model, score in scores]
+    assert judging.label_outcomes(labels(tmp_path, rows))["ppo"] == [("a", 1.0), ("b", 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        (LABELS[0] | {"winner": "c"}, "there is no model 'c'; the models are gpt, gpt_prompted, sft, ppo, ppo_ptx"),
+        (LABELS[0] | {"winner": "gpt"}, "the winner 'gpt' is neither of ppo and sft"),
+        (LABELS[0] | {"model_a": "PPO2"}, "there is no model 'PPO2'"),
+        ({"prompt": "p", "model": "sft", "score": "good"}, "score is 'good', but must be a number"),
+        ({"prompt": "p", "model": "sft"}, "has no column 'score'"),
+    ],
+)
+def test_wrong_labels(tmp_path, row, problem):
+    with pytest.raises(UserError, match=r"labels\.jsonl line 2") as caught:
+        judging.label_outcomes(labels(tmp_path, [LABELS[0], row]))
+    assert problem in str(caught.value)
+
+
+def test_labels_that_compare_nothing_with_sft(tmp_path):
+    with pytest.raises(UserError, match=r"no label in .* compares a model with SFT on the same prompt"):
+        judging.label_outcomes(labels(tmp_path, LABELS[-1:]))
+
+
+def test_an_evaluation_by_labels(world_run, tmp_path):
+    recipe, inputs, *_ = world_run
+    path = labels(tmp_path, LABELS).eval.labels.path
+    settings = recipe.eval.model_copy(update={"judge": "labels", "labels": data.Source(path=path)})
+    stage.run("eval", recipe.model_copy(update={"eval": settings}), inputs, tmp_path)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["models"]["ppo"]["win_rate"][0] == pytest.approx(0.625)
+    assert metrics["models"]["gpt"]["win_rate"] is None
+    assert path.replace("_", "\\_") in (tmp_path / "report.md").read_text()
