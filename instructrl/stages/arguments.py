@@ -53,9 +53,9 @@ def trainer_arguments(kind: type[TrainingArguments], recipe: Recipe, section: st
         folder: where checkpoints go.
 
     Raises:
-        UserError: as `check`.
+        UserError: as `check_trainer`.
     """
-    check(kind, recipe, section)
+    check_trainer(kind, recipe, section)
     settings, runtime = getattr(recipe, section), recipe.runtime
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if settings.batch_size % processes:
@@ -102,7 +102,7 @@ def largest_divisor(number: int, at_most: int) -> int:
     return max(divisor for divisor in range(1, min(number, at_most) + 1) if number % divisor == 0)
 
 
-def check(kind: type[TrainingArguments], recipe: Recipe, section: str) -> None:
+def check_trainer(kind: type[TrainingArguments], recipe: Recipe, section: str) -> None:
     """Check the recipe's `trainer` mapping against the fields of TRL's config.
 
     Raises:

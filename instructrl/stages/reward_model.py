@@ -14,7 +14,7 @@ from trl import RewardConfig
 from instructrl.config import Recipe
 from instructrl.errors import UserError
 from instructrl.stages import models, preferences
-from instructrl.stages.arguments import optimizer, trainer_arguments
+from instructrl.stages.arguments import check_trainer, optimizer, trainer_arguments
 from instructrl.stages.checkpoints import FOLDER, train
 from instructrl.stages.tables import read_table
 from instructrl.stages.template import Limits, Template
@@ -63,9 +63,14 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
     return metrics | measure(model, template, rows, held_out, recipe)
 
 
+def check(recipe: Recipe) -> None:
+    """Refuse fields in `reward_model.trainer` that TRL's RewardConfig does not have, before anything trains."""
+    check_trainer(RewardConfig, recipe, "reward_model")
+
+
 def encode(rankings: list[dict], template: Template, limits: Limits, dropped: Counter) -> list[dict]:
-    """Rankings with `completion_ids`: prompt and response of each. Over-long responses and rankings without any pair left
-    are counted in `dropped`."""
+    """Rankings with `completion_ids`: prompt and response of each. Over-long responses, and rankings that have no pair
+    left, are counted in `dropped`."""
     rows = []
     for ranking in rankings:
         prompt = template.prompt(ranking["prompt"])

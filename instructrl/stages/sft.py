@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from instructrl.config import Recipe
 from instructrl.errors import UserError
 from instructrl.stages import models
-from instructrl.stages.arguments import optimizer, trainer_arguments
+from instructrl.stages.arguments import check_trainer, optimizer, trainer_arguments
 from instructrl.stages.checkpoints import FOLDER, train
 from instructrl.stages.tables import read_table
 from instructrl.stages.template import Limits, Template
@@ -63,6 +63,11 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
         metrics |= {"valid_loss": result["eval_loss"], "valid_accuracy": result["eval_mean_token_accuracy"]}
     models.save(model, template, folder / "model")
     return metrics
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse fields in `sft.trainer` that TRL's SFTConfig does not have, before anything trains."""
+    check_trainer(SFTConfig, recipe, "sft")
 
 
 def arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
