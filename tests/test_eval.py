@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -174,8 +175,10 @@ def test_text_losses_are_cross_entropy(world_run):
     template = Template.load(inputs["sft"] / "model")
     model = LlamaForCausalLM.from_pretrained(inputs["sft"] / "model").eval()
     rows = [{"text": "The cup is red."}, {"text": "One"}, {"text": "A dog. " * 100}]
-    for row, (loss, tokens) in zip(rows, benchmarks.text_losses(model, rows, template, 64, 4096), strict=True):
-        ids = torch.tensor([template.document(row["text"])[:64]])
+    documents = [template.document(row["text"])[:64] for row in rows]
+    found = benchmarks.text_losses(model, documents, template.tokenizer.pad_token_id, 4096)
+    for document, (loss, tokens) in zip(documents, found, strict=True):
+        ids = torch.tensor([document])
         with torch.no_grad():
             logits = model(ids).logits[0, :-1]
         logits[:, template.tokenizer.pad_token_id] = -math.inf
@@ -331,7 +334,8 @@ def test_labels_that_compare_nothing_with_sft(tmp_path):
 
 
 def test_an_evaluation_by_labels(world_run, tmp_path):
-    recipe, inputs, *_ = world_run
+    recipe, inputs, folder, *_ = world_run
+    shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
     path = labels(tmp_path, LABELS).eval.labels.path
     settings = recipe.eval.model_copy(update={"judge": "labels", "labels": data.Source(path=path)})
     stage.run("eval", recipe.model_copy(update={"eval": settings}), inputs, tmp_path)

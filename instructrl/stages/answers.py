@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -170,5 +171,8 @@ def choose_prefix(candidates: Sequence[str], score: Callable[[str], float]) -> t
 
 
 def world_of(recipe: Recipe) -> World:
-    """The built-in world of the recipe's data."""
-    return make_world(recipe.data.world, recipe.seed)
+    """The built-in world of the recipe's data. Kept: its gold preference takes a second to get ready."""
+    return _made(recipe.data.world, recipe.seed)
+
+
+_made = lru_cache(maxsize=1)(make_world)

@@ -14,18 +14,30 @@ from instructrl.stages.tables import read_table
 from instructrl.stages.template import Template
 from instructrl.trainers.rollout import length_batches, next_token_logits, pad_right, score_logprobs
 
+Question = tuple[list[int], list[list[int]]]
+"""A context and its choices, as ids."""
 
-def task_results(
-    model: PreTrainedModel, rows: Sequence[dict], template: Template, context: int, max_tokens: int
-) -> dict[str, list[int]]:
-    """1 or 0 for each question of each task (rows of TASKS). A question that is too long loses its beginning."""
-    plain = Template(template.tokenizer, "{prompt}")
+
+def encode_tasks(rows: Sequence[dict], template: Template, context: int) -> list[Question]:
+    """Rows of TASKS as ids, in the form of a pretraining document. What is too long loses its beginning."""
+    plain, bos = Template(template.tokenizer, "{prompt}"), template.bos
+    known: dict[str, list[int]] = {}
     questions = []
     for row in rows:
-        choices = [plain.response(choice)[:-1] for choice in row["choices"]]
-        room = context - max(map(len, choices)) - len(plain.bos)
-        questions.append((plain.bos + plain.prompt(row["context"])[len(plain.bos) :][-room:], choices))
-    scores = choice_scores(model, questions, template.tokenizer.pad_token_id, max_tokens)
+        for text in row["choices"]:
+            if text not in known:
+                known[text] = plain.response(text)[:-1]
+        choices = [known[text] for text in row["choices"]]
+        room = context - max(map(len, choices)) - len(bos)
+        questions.append((bos + plain.prompt(row["context"])[len(bos) :][-room:], choices))
+    return questions
+
+
+def task_results(
+    model: PreTrainedModel, rows: Sequence[dict], questions: Sequence[Question], pad_token_id: int, max_tokens: int
+) -> dict[str, list[int]]:
+    """1 or 0 for each question of each task (rows of TASKS, and the same encoded)."""
+    scores = choice_scores(model, questions, pad_token_id, max_tokens)
     results: dict[str, list[int]] = {}
     for row, of_choices in zip(rows, scores, strict=True):
         best = max(range(len(of_choices)), key=lambda number: of_choices[number])
@@ -36,11 +48,11 @@ def task_results(
 @torch.no_grad()
 def choice_scores(
     model: PreTrainedModel,
-    questions: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]],
+    questions: Sequence[Question],
     pad_token_id: int,
     max_tokens: int,
 ) -> list[list[float]]:
-    """Mean log-probability per token of each choice after its context; questions of (context, choices) as ids.
+    """Mean log-probability per token of each choice after its context.
 
     Choices that differ in their last token only share one forward pass: a question with one-word choices costs one.
     """
@@ -78,13 +90,11 @@ def choice_scores(
 
 
 def text_losses(
-    model: PreTrainedModel, rows: Sequence[dict], template: Template, context: int, max_tokens: int
+    model: PreTrainedModel, documents: Sequence[Sequence[int]], pad_token_id: int, max_tokens: int
 ) -> list[tuple[float, int]]:
-    """(negative log-likelihood in nats, tokens) of each document (rows of TEXT), cut at the model's context."""
-    documents = [template.document(row["text"])[:context] for row in rows]
-    pad = template.tokenizer.pad_token_id
+    """(negative log-likelihood in nats, tokens) of each document, as ids; its first token is given."""
     logprobs = score_logprobs(
-        model, documents, [1] * len(documents), temperature=1.0, pad_token_id=pad, max_tokens=max_tokens
+        model, documents, [1] * len(documents), temperature=1.0, pad_token_id=pad_token_id, max_tokens=max_tokens
     )
     losses = []
     for values in logprobs:

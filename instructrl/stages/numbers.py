@@ -1,6 +1,7 @@
 """The numbers of `metrics.json`, with 95 % intervals where they are means over prompts, questions or documents."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 
 from instructrl.stages import claims, judging, preferences, report
@@ -9,6 +10,9 @@ from instructrl.stages.scores import Scores
 from instructrl.stages.study import GREEDY, Study
 from instructrl.stages.tables import read_table
 from instructrl.stages.winrate import Interval, average_of_means, difference, interval, ratio, ratio_difference
+
+FEWEST = 10
+"""Prompts, or documents of a kind, below which no interval is worth printing and no claim is decided."""
 
 
 def measure(study: Study, scores: Scores) -> dict:
@@ -76,14 +80,20 @@ def knowledge(study: Study, name: str, samples: int) -> dict:
     knows = study.knows[name]
     tasks = {task: list(interval(right, samples)) for task, right in knows["tasks"].items()}
     losses = {}
-    for kind in sorted({row["kind"] for row in study.text}):
+    for kind in measured_kinds(study):
         losses[kind] = list(ratio(*text_terms(study, name, kind), samples))
     return {
         "tasks": tasks,
         "tasks_average": list(average_of_means(list(knows["tasks"].values()), samples)) if tasks else None,
         "text_loss": losses,
-        "text_loss_all": list(ratio(*text_terms(study, name), samples)) if losses else None,
+        "text_loss_all": list(ratio(*text_terms(study, name), samples)) if study.text else None,
     }
+
+
+def measured_kinds(study: Study) -> list[str]:
+    """The kinds of held-out text with documents enough for an interval; the others only count in `all`."""
+    counts = Counter(row["kind"] for row in study.text)
+    return sorted(kind for kind, count in counts.items() if count >= FEWEST)
 
 
 def text_terms(study: Study, name: str, kind: str | None = None) -> tuple[list[float], list[int]]:
@@ -104,18 +114,19 @@ def tax_changes(study: Study, samples: int) -> dict:
     for task in study.knows["gpt"]["tasks"]:
         right = {name: study.knows[name]["tasks"][task] for name in NAMES}
         tasks[task] = {key: list(difference(right[a], right[b], samples)) for key, (a, b) in pairs.items()}
-    kinds = sorted({row["kind"] for row in study.text})
-    for kind in kinds:
+    for kind in measured_kinds(study):
         terms = {name: text_terms(study, name, kind) for name in NAMES}
         text[kind] = {key: list(ratio_difference([terms[a], terms[b]], samples)) for key, (a, b) in pairs.items()}
-    if len(kinds) > 1:
+    if study.text:
         terms = {name: text_terms(study, name) for name in NAMES}
         text["all"] = {key: list(ratio_difference([terms[a], terms[b]], samples)) for key, (a, b) in pairs.items()}
     return {"tasks": tasks, "text_loss": text}
 
 
 def check_claims(study: Study, scores: Scores, labelled: dict, metrics: dict) -> list[dict]:
-    """The paper's claims on this run."""
+    """The paper's claims on this run. With a handful of prompts an interval says nothing, so nothing is checked."""
+    if len(study.prompts) < FEWEST:
+        return []
     t, samples = study.recipe.eval.temperature, study.recipe.eval.bootstrap_samples
     rates = {name: Interval(*found["win_rate"]) for name, found in metrics["models"].items() if found["win_rate"]}
     if scores.outcomes:

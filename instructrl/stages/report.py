@@ -1,6 +1,5 @@
 """`report.md` and the five-model table, from the numbers of `metrics.json`. Nothing is computed here."""
 
-import html
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -97,7 +96,7 @@ def shares(interval: Sequence[float] | None) -> str:
 
 def signed(interval: Sequence[float]) -> str:
     """`-.021 [-.040, -.002]`"""
-    mean, low, high = (f"{part:+.3f}".replace("0.", ".", 1) for part in interval)
+    mean, low, high = (re.sub(r"^([+-])0\.", r"\1.", f"{part:+.3f}") for part in interval)
     return f"{mean} [{low}, {high}]"
 
 
@@ -110,7 +109,7 @@ def markdown(metrics: dict, shown: list[dict]) -> str:
         f"# {cell(metrics['recipe'])}: five models",
         introduction(metrics),
         "## Win rates",
-        grid(metrics["table"]["columns"], metrics["table"]["rows"]),
+        grid(metrics["table"]["columns"], metrics["table"]["rows"], escaped=True),
         win_rate_notes(metrics),
         "## The paper's claims on this run",
         claim_table(metrics["claims"]),
@@ -281,7 +280,8 @@ def grid(columns: Sequence[str], rows: Iterable[Sequence[str]], escaped: bool = 
 
 def cell(text: str) -> str:
     """Text that Markdown shows as it is, on one line of a table: no markup, no HTML."""
-    safe = html.escape(printable(text), quote=False).replace("\n", " ").replace("\t", " ")
+    safe = re.sub(r"&(?=#?\w+;)", "&amp;", re.sub(r"\s", " ", printable(text)))
+    safe = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", safe)  # any other < is text (CommonMark, 6.6)
     return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", safe)
 
 

@@ -29,7 +29,9 @@ class Study:
         self.temperatures = sorted({settings.temperature, GREEDY}, reverse=True)
         tasks = inputs["data"] / "tasks.parquet"
         self.tasks = read_table(tasks) if tasks.exists() else []
+        self.questions = benchmarks.encode_tasks(self.tasks, self.template, self.context)
         self.text = benchmarks.held_out_text(inputs["data"], settings.num_prompts)
+        self.documents = [self.template.document(row["text"])[: self.context] for row in self.text]
         self.answers: dict[str, dict[float, list[Answer]]] = {}
         self.knows: dict[str, dict] = {}
         self.prefix: dict = {}
@@ -68,10 +70,9 @@ class Study:
         model, limit = self.model(name), self.recipe.runtime.max_tokens
         ids = [row["ids"] for row in self.prompts]
         found = {str(t): answers.sample(model, ids, self.template, self.recipe, t) for t in self.temperatures}
-        common = (self.template, self.context, limit)
         knows = {
-            "tasks": benchmarks.task_results(model, self.tasks, *common) if self.tasks else {},
-            "text": benchmarks.text_losses(model, self.text, *common) if self.text else [],
+            "tasks": benchmarks.task_results(model, self.tasks, self.questions, self.pad, limit),
+            "text": benchmarks.text_losses(model, self.documents, self.pad, limit),
         }
         return {"answers": {key: [one.to_json() for one in rows] for key, rows in found.items()}, "knows": knows}
 
