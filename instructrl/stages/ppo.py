@@ -81,7 +81,7 @@ def arguments(recipe: Recipe, section: PPO, reward_bias: float, checkpoints: Pat
         reward_bias=reward_bias,
         max_tokens=recipe.runtime.max_tokens,
         generation_batch_size=recipe.runtime.generation_batch_size,
-        gradient_checkpointing=recipe.runtime.gradient_checkpointing,
+        activation_checkpointing=recipe.runtime.gradient_checkpointing,
         seed=recipe.seed,
         use_cpu=where.type == "cpu",
         save_strategy="no",  # checkpoints.train saves by time

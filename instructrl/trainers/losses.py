@@ -1,7 +1,7 @@
 """The equations of InstructGPT (arXiv 2203.02155): tensors in, tensors out. No model, no configuration, no state.
 
-Shapes: B responses of a rollout, R tokens of the longest response, M response tokens laid flat, V vocabulary, S completions.
-`mask` [B, R] is True on a response's real tokens, its end-of-text token (EOS) included. "Section" means the paper's.
+Shapes: B responses of a rollout, R tokens of the longest one, M response tokens laid flat, V vocabulary, S completions.
+`mask` [B, R] is True on a response's real tokens, its end-of-text token (EOS) included. Sections are the paper's.
 """
 
 import torch
@@ -35,10 +35,10 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def shaped_rewards(score: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """r_t = -beta * (log pi(y_t) - log pi_ref(y_t)) + [t is the last real token] * score (section 3.5, eq. 2, and C.4).
+    """r_t = -beta * (log pi(y_t) - log pi_ref(y_t)) + [t is the last real token] * score (section 3.5, eq. 2; App. C.4).
 
-    score [B], logprobs, ref_logprobs, mask [B, R] -> [B, R], 0 on padding. The last real token is EOS where there is one:
-    that is where the reward model reads its score. A row without tokens has no place for its score and gets none.
+    score [B], logprobs, ref_logprobs, mask [B, R] -> [B, R], 0 on padding. The last real token is EOS where there is
+    one: there the reward model reads its score. A row without tokens has no place for its score and gets none.
     """
     rewards = torch.where(mask, -kl_coef * kl_k1(logprobs, ref_logprobs), 0.0)
     is_last = mask & ~F.pad(mask[:, 1:], (0, 1))
@@ -46,7 +46,7 @@ def shaped_rewards(score: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: 
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16); the paper sets gamma = 1 (C.4).
+    """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16). Paper: gamma = 1 (App. C.4).
 
     delta_t = r_t + gamma * V_{t+1} - V_t,   A_t = delta_t + gamma * lam * A_{t+1},   returns_t = A_t + V_t,
     with V and A zero after the last real token: the episode ends there.
@@ -77,9 +77,9 @@ def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tens
 
 
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cliprange: float) -> Tensor:
-    """max(-A * rho, -A * clip(rho, 1 - eps, 1 + eps)), rho = pi(y) / pi_old(y) (Schulman et al. 2017, arXiv 1707.06347, eq. 7).
+    """max(-A * rho, -A * clip(rho, 1 - eps, 1 + eps)), rho = pi(y) / pi_old(y): PPO's clipped objective, negated.
 
-    [M] each -> [M]. The paper's eps is 0.2 (C.4).
+    [M] each -> [M]. Schulman et al. 2017, arXiv 1707.06347, eq. 7; the paper's eps is 0.2 (App. C.4).
     """
     ratio = torch.exp(logprobs - old_logprobs)
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange))

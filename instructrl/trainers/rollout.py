@@ -1,7 +1,7 @@
 """Sampling responses, and scoring them: log-probabilities, values and rewards of token sequences.
 
-A sequence is a prompt's ids followed by a response's. Only the sampler pads on the left; everything else pads on the right,
-where causal attention never looks, so that positions count from 0 and no attention mask is needed.
+A sequence is a prompt's ids followed by a response's. Only the sampler pads on the left; everything else pads on the
+right, where causal attention never looks, so that positions count from 0 and no attention mask is needed.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from instructrl.trainers.losses import token_logprobs
 
-DROP_BELOW = 0.75  # finished rows leave the batch when fewer than this share of it are still going: dropping copies the cache
+DROP_BELOW = 0.75  # finished rows leave the batch when fewer than this share of it goes on: leaving copies the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +27,15 @@ class Completion:
     """[len(ids)] float32 on the CPU: log-probability of each token under the distribution that it was drawn from."""
 
 
-# ---- one distribution for sampling and scoring ------------------------------------------------------------------------
+# ---- one distribution for sampling and scoring -----------------------------------------------------------------------
 
 
 def next_token_logits(model: PreTrainedModel, hidden: Tensor, pad_token_id: int | None) -> Tensor:
     """The language-model head: hidden states [..., H] -> logits [..., V].
 
-    The padding token gets -inf. It is often a fresh row of the embedding that no training has seen, and a sampled one would
-    be taken for padding. Sampling, policy, reference and pretraining loss all come through here, so that what is sampled
-    is exactly what is scored.
+    The padding token gets -inf. It is often a fresh row of the embedding that no training has seen, and a sampled one
+    would be taken for padding. Sampling, policy, reference and pretraining loss all come through here, so that what is
+    sampled is exactly what is scored.
     """
     logits = model.get_output_embeddings()(hidden)
     scale, cap = logit_transform(model)
@@ -78,11 +78,11 @@ def token_scores(model: PreTrainedModel, input_ids: Tensor, where: Tensor) -> Te
     return scores if scores.dtype == torch.float64 else scores.float()
 
 
-# ---- sequences of different lengths -----------------------------------------------------------------------------------
+# ---- sequences of different lengths ----------------------------------------------------------------------------------
 
 
 def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Row numbers in batches of like length, longest first, each at most `max_tokens` after padding (but at least a row)."""
+    """Row numbers in batches of like length, longest first, each of at most `max_tokens` after padding, or of one row."""
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True):
         if batches and (len(batches[-1]) + 1) * max(lengths[batches[-1][0]], 1) <= max_tokens:
@@ -171,7 +171,7 @@ def score_rewards(
     return rewards
 
 
-# ---- sampling ---------------------------------------------------------------------------------------------------------
+# ---- sampling --------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -193,9 +193,9 @@ def generate(
     Nothing truncates the distribution (no top-k, top-p, minimum length or repetition penalty): PPO's ratio and KL mean
     nothing if tokens are drawn from another distribution than the one that is scored. Only the padding token is out.
 
-    The randomness is `uniforms` [len(prompts), max_new_tokens] in [0, 1), by default drawn on the CPU from `generator`: one
-    number a token, fixed before decoding. So a response depends neither on the global generator, nor on `batch_size`, nor
-    (rounding apart) on which prompts share its batch. `temperature == 0` reports log-probabilities at temperature 1.
+    The randomness is `uniforms` [len(prompts), max_new_tokens] in [0, 1), by default drawn on the CPU from `generator`:
+    one number a token, fixed before decoding. So a response depends neither on the global generator nor (rounding
+    apart) on `batch_size` and the prompts in its batch. Greedy log-probabilities are those at temperature 1.
 
     Raises ValueError for an empty prompt, FloatingPointError if the model's logits are not numbers.
     """
@@ -261,8 +261,8 @@ def _generate_batch(model, prompts, max_new_tokens, temperature, stops, pad_toke
 def draw(logits: Tensor, temperature: float, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
     """One token a row and its log-probability: logits [b, V], uniforms [b] in [0, 1) -> [b], [b].
 
-    The inverse of the cumulative distribution at `uniforms`: one random number a row where torch.multinomial draws one an
-    entry of the vocabulary. A token of probability 0 cannot be drawn.
+    The inverse of the cumulative distribution at `uniforms`: one random number a row, where torch.multinomial draws one
+    for every entry of the vocabulary. A token of probability 0 cannot be drawn.
     """
     logits = logits.float()
     if temperature == 0:

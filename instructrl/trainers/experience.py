@@ -1,0 +1,112 @@
+"""What PPO learns from: episodes, the order in which prompts come, and the loader that yields minibatches."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from instructrl.trainers.ppo_config import PPOConfig
+
+
+@dataclass
+class Episodes:
+    """One iteration's experience: B responses, padded on the right to R tokens. Every process holds all of it."""
+
+    sequences: list[list[int]]
+    """B x (prompt and response)."""
+    prompt_lengths: list[int]
+    mask: Tensor
+    """[B, R] bool: real response tokens, EOS included."""
+    old_logprobs: Tensor
+    """[B, R]: under the policy that sampled them."""
+    ref_logprobs: Tensor
+    """[B, R]: under the reference."""
+    values: Tensor
+    """[B, R]: the critic's, before each token."""
+    scores: Tensor
+    """[B]: reward model and reward functions, the bias subtracted, before the penalty for a missing EOS."""
+    ended: Tensor
+    """[B] bool: the response ended by itself, with EOS."""
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+    """[B, R] each."""
+
+    @classmethod
+    def gather(cls, own: dict[str, list], processes: int) -> "Episodes":
+        """All processes' episodes in the order of their prompts, of which process p answered p, p + processes, ...
+
+        What follows (whitening, minibatches, token counts) is then computed by every process on the whole batch, so
+        that two processes do what one would.
+        """
+        shares = gather_object([own]) if processes > 1 else [own]
+        columns = {name: interleave([share[name] for share in shares]) for name in own}
+        lengths = torch.tensor([len(row) for row in columns["old_logprobs"]])
+        for name in ("old_logprobs", "ref_logprobs", "values"):
+            columns[name] = pad_sequence(columns[name], batch_first=True)
+        for name in ("scores", "ended"):
+            columns[name] = torch.tensor(columns[name])
+        return cls(mask=torch.arange(int(lengths.max()))[None] < lengths[:, None], **columns)
+
+
+def interleave(parts: Sequence[list]) -> list:
+    """[[a, c], [b, d]] -> [a, b, c, d]."""
+    return [item for group in zip(*parts, strict=True) for item in group]
+
+
+class Experience:
+    """The trainer's "dataloader": it has a batch of episodes sampled, then yields its minibatches, every epoch anew.
+
+    It is a function of the step at which it starts, so a resumed run sees what it would have seen.
+    """
+
+    def __init__(self, sample: Callable[[int], Episodes], args: PPOConfig, first_step: Callable[[], int]):
+        self.sample, self.args, self.first_step = sample, args, first_step
+
+    def __len__(self) -> int:
+        return self.args.max_steps
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        args = self.args
+        for iteration in range(self.first_step() // args.steps_per_iteration, args.num_iterations):
+            episodes = self.sample(iteration)
+            for epoch in range(args.num_ppo_epochs):
+                order = torch.randperm(args.batch_size, generator=seeded(args.seed, "minibatches", iteration, epoch))
+                for rows in order.chunk(args.num_mini_batches):
+                    yield {"episodes": episodes, "rows": rows.tolist()}
+
+
+class Passes:
+    """Endless passes over `size` rows, each in its own order: a function of seed and position, with nothing to save."""
+
+    def __init__(self, size: int, *seed: Any):
+        self.size, self.seed = size, seed
+        self.number, self.order = -1, []
+
+    def rows(self, start: int, count: int) -> list[int]:
+        """The rows at positions start, start + 1, ..., start + count - 1."""
+        return [self.row(position) for position in range(start, start + count)]
+
+    def row(self, position: int) -> int:
+        number, offset = divmod(position, self.size)
+        if number != self.number:
+            self.number = number
+            self.order = torch.randperm(self.size, generator=seeded(*self.seed, number)).tolist()
+        return self.order[offset]
+
+
+def seeded(*parts: Any) -> torch.Generator:
+    """A CPU generator whose seed mixes all the parts, so that the streams of neighbouring seeds are not alike."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def fetch(dataset: Sequence[dict[str, Any]], numbers: Sequence[int]) -> list[dict[str, Any]]:
+    """Rows by number, all at once where the dataset can (datasets.Dataset)."""
+    if hasattr(dataset, "__getitems__"):
+        return dataset.__getitems__(list(numbers))
+    return [dataset[number] for number in numbers]
