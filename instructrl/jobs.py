@@ -9,6 +9,7 @@ from instructrl import printout
 from instructrl.artifacts import Artifact, Store
 from instructrl.display import open_display
 from instructrl.errors import StageFailed, UserError
+from instructrl.key import sentence
 from instructrl.keys import closest, did_you_mean
 from instructrl.pipeline import LAST, NAMES, ordered, stages
 from instructrl.plan import StagePlan, make_plan
@@ -76,7 +77,10 @@ def job(target: str | None, arguments: list[str], force: Sequence[str]) -> Job:
     store = Store(Path(recipe.runtime.output_dir).expanduser())
     plan = make_plan(pipeline, recipe, [target], store, forced, composition.where)
     if any(step.runs and step.stage.name == "data" for step in plan):
-        sources.check(recipe)
+        try:
+            sources.check(recipe)
+        except UserError as error:
+            raise UserError(sentence(f"{composition.where_named(str(error))}{error}")) from None
     return Job(arguments, composition, target, plan, store, force)
 
 

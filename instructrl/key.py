@@ -8,13 +8,14 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from instructrl.config import Recipe, Source
 from instructrl.errors import UserError
+from instructrl.keys import dotted
 from instructrl.pipeline import Stage
 from instructrl.stages import sources
 
@@ -24,7 +25,8 @@ MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")  # co
 WORTH_REMEMBERING = 8 * 2**20  # bytes; a smaller file is hashed in milliseconds
 SETTLED_SECONDS = 2  # a file changed this recently may change again within its time stamp's resolution
 
-Where = Callable[[tuple[str | int, ...]], str]
+Location = tuple[str | int, ...]  # ("data", "rankings", 0, "path")
+Where = Callable[[Location], str]
 
 
 def canonical(value: object) -> str:
@@ -89,31 +91,24 @@ def file_sha256(path: Path) -> str:
 
 
 def stage_key(
-    stage: Stage, recipe: Recipe, upstream: dict[str, dict[str, Any]], hashes: Hashes, where: Where = lambda _: ""
+    stage: Stage, recipe: Recipe, upstream: Mapping[str, dict[str, Any]], contents: Mapping[Location, str]
 ) -> dict[str, Any]:
     """Everything the stage's result depends on, as JSON.
 
     Args:
         upstream: the keys of the stages it needs.
-        where: file and line of a key of the recipe, for errors.
-
-    Raises:
-        UserError: a local file or folder that the recipe names is not there, or cannot be used.
+        contents: what stands for the local files, from `local_contents`.
     """
     values = recipe.model_dump(mode="json")
-    config = {name: values[name] for name in stage.reads}
-    if "data" in config:
-        for kind, key, source in sources.named_sources(recipe.data):
-            number = int(key.rpartition("[")[2].rstrip("]"))
-            config["data"][kind][number]["path"] = source_content(source, ("data", kind, number), hashes, where)
-    if "eval" in config and recipe.eval.labels:
-        config["eval"]["labels"]["path"] = source_content(recipe.eval.labels, ("eval", "labels"), hashes, where)
-    if "model" in config and recipe.model.path is not None:
-        config["model"]["path"] = model_content(recipe.model.path, hashes, where)
+    for (*parents, last), content in contents.items():
+        section: Any = values
+        for part in parents:
+            section = section[part]
+        section[last] = content
     key = {
         "stage": stage.name,
         "version": stage.version,
-        "config": config,
+        "config": {name: values[name] for name in stage.reads},
         "inputs": {name: fingerprint(upstream[name]) for name in stage.needs},
     }
     if stage.name in TRL_STAGES:
@@ -121,13 +116,41 @@ def stage_key(
     return key
 
 
-def source_content(source: Source, location: tuple[str | int, ...], hashes: Hashes, where: Where) -> str:
+def local_contents(recipe: Recipe, sections: Collection[str], hashes: Hashes, where: Where) -> dict[Location, str]:
+    """What stands in keys for the local files and folders that these sections of the recipe name.
+
+    Args:
+        where: file and line of a key of the recipe, for errors.
+
+    Raises:
+        UserError: a line for each that is not there, or cannot be used.
+    """
+    named: dict[Location, Source] = {}
+    if "data" in sections:
+        for kind in sources.KINDS:
+            listed = getattr(recipe.data, kind)
+            named |= {("data", kind, number, "path"): source for number, source in enumerate(listed)}
+    if "eval" in sections and recipe.eval.labels:
+        named["eval", "labels", "path"] = recipe.eval.labels
+    contents, problems = {}, []
+    for location, source in named.items():
+        try:
+            contents[location] = source_content(source, dotted(location[:-1]), hashes)
+        except UserError as error:
+            problems.append(sentence(f"{where(location)}{error}"))
+    if "model" in sections and recipe.model.path is not None:
+        try:
+            contents["model", "path"] = model_content(recipe.model.path, hashes)
+        except UserError as error:
+            problems.append(sentence(f"{where(('model', 'path'))}{error}"))
+    if problems:
+        raise UserError("\n".join(problems))
+    return contents
+
+
+def source_content(source: Source, key: str, hashes: Hashes) -> str:
     """What stands for a source's path in a key: its content, or its Hub id."""
-    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)[1:]
-    try:
-        files = sources.files(source, key)
-    except UserError as error:
-        raise UserError(f"{where((*location, 'path'))}{error}") from None
+    files = sources.files(source, key)
     if not files:
         return source.path
     root = Path(source.path).expanduser()
@@ -136,18 +159,18 @@ def source_content(source: Source, location: tuple[str | int, ...], hashes: Hash
     return folder_content(root, files, hashes, key)
 
 
-def model_content(path: str, hashes: Hashes, where: Where) -> str:
+def model_content(path: str, hashes: Hashes) -> str:
     """What stands for `model.path` in a key: the content of the folder, or the Hub id."""
-    folder, at = Path(path).expanduser(), where(("model", "path"))
+    folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UserError(f"{at}model.path: the folder {path} has no config.json, so it holds no model.")
+            raise UserError(f"model.path: the folder {path} has no config.json, so it holds no model.")
         files = [file for file in folder.iterdir() if file.is_file() and file.suffix in MODEL_FILES]
         return folder_content(folder, files, hashes, "model.path")
     if folder.is_file():
-        raise UserError(f"{at}model.path: {path} is a file; name the folder that holds config.json and the weights.")
+        raise UserError(f"model.path: {path} is a file; name the folder that holds config.json and the weights.")
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or not path:
-        raise UserError(f"{at}model.path: there is no folder {path or repr(path)}.")
+        raise UserError(f"model.path: there is no folder {path or repr(path)}.")
     return path
 
 
@@ -163,3 +186,8 @@ def read(hashes: Hashes, path: Path, key: str) -> str:
         return hashes.of(path)
     except OSError as error:
         raise UserError(f"{key}: {path} cannot be read: {(error.strerror or str(error)).lower()}.") from None
+
+
+def sentence(text: str) -> str:
+    """The text with a full stop."""
+    return text if text.endswith((".", "?", "!")) else f"{text}."

@@ -7,10 +7,12 @@ from typing import Any
 
 from instructrl.artifacts import CHECKPOINTS, MANIFEST, ORDER, RESULT, Artifact, Store, read_json
 from instructrl.config import Recipe
-from instructrl.key import Hashes, Where, fingerprint, stage_key
+from instructrl.key import Hashes, Where, fingerprint, local_contents, stage_key
 from instructrl.pipeline import Stage, downstream, ordered
 
 ABSENT = object()
+NEVER, GONE, FORCED = "never ran", "its artifact is gone", "forced"
+OWN = {NEVER, GONE, FORCED}  # what is true of one stage only, whatever is true of those above it
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,11 @@ def make_plan(
     pipeline, targets = dict(pipeline), set(targets)
     stages = ordered(pipeline, targets)
     hashes = Hashes(store.root / "hashes.json")
+    contents = local_contents(recipe, {section for stage in stages for section in stage.reads}, hashes, where)
+    hashes.save()
     keys: dict[str, dict[str, Any]] = {}
     for stage in stages:
-        keys[stage.name] = stage_key(stage, recipe, keys, hashes, where)
-    hashes.save()
+        keys[stage.name] = stage_key(stage, recipe, keys, contents)
     artifacts = {stage.name: store.find(stage.name, keys[stage.name]) for stage in stages}
     forced = downstream(pipeline, force) & keys.keys() if force else set()
     facts = Facts(keys, artifacts, store.latest(recipe.name), set(force), forced, set(forced))
@@ -101,13 +104,13 @@ def explained(stages: Iterable[Stage], facts: Facts, store: Store) -> Iterator[S
         why: list[str] = []
         if name in facts.runs:
             known = {reason for root in above for reason in told[root]}
-            told[name] = [reason for reason in reasons(stage, facts) if reason not in known or reason == "never ran"]
+            told[name] = [reason for reason in reasons(stage, facts) if reason not in known - OWN]
             why = list(told[name])
-            if above and why != ["never ran"]:
+            if above and why != [NEVER]:
                 why.append(f"downstream of {' and '.join(above)}")
             why += resumption(stage, facts, store)
         elif facts.artifacts[name] is None:
-            why = ["its artifact is gone, and nothing that runs needs it"]
+            why = [f"{GONE}, and nothing that runs needs it"]
         roots[name] = ([name] if told.get(name) else above) if name in facts.runs else []
         last = store.path(name, facts.latest.get(name, facts.keys[name]))
         seconds = read_json(last / MANIFEST).get("made", {}).get("seconds")
@@ -119,14 +122,14 @@ def reasons(stage: Stage, facts: Facts) -> list[str]:
     """Why the stage itself has to run; nothing if only because one above it does."""
     name = stage.name
     if name in facts.asked:
-        return ["forced"]
+        return [FORCED]
     if facts.artifacts[name]:
         return [f"{need} was built again" for need in facts.rebuilt(stage) if need not in facts.runs]
     before, after = facts.latest.get(name), facts.keys[name]
     if before is None:
-        return ["never ran"]
+        return [NEVER]
     if before == after:
-        return ["its artifact is gone"]
+        return [GONE]
     inputs = {need: (before.get("inputs", {}).get(need), now) for need, now in after["inputs"].items()}
     different = [need for need, (old, new) in inputs.items() if old != new and need not in facts.runs]
     return changes(without_inputs(before), without_inputs(after)) + [f"{need} changed" for need in different]

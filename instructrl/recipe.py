@@ -43,6 +43,11 @@ class Composition:
         """`my.yaml:5: ` for a value that a file sets, "" for one from the command line or the schema."""
         return "" if is_given(location, self.given) else self.files.where(location)
 
+    def where_named(self, message: str) -> str:
+        """The same for the key that a message begins with: `data.rankings[0]: there is no column ranks`."""
+        key = re.match(r"[a-z_]+(?:\.\w+|\[\d+\])+", message)
+        return self.where(re.findall(r"\w+", key[0])) if key else ""
+
 
 def load_recipe(arguments: list[str]) -> Recipe:
     """`["recipe=tiny", "sft.learning_rate=3e-5"]` -> the checked recipe.
@@ -72,11 +77,12 @@ def compose_recipe(arguments: list[str]) -> Composition:
     if "name" not in given and files.files[0].line(("name",)) is None:
         values["name"] = path.stem
     resolve_paths(values, files, given)
-    problems += [explain_number(location, number, files, given) for location, number in not_finite(values)]
+    wild = dict(not_finite(values))
+    problems += [explain_number(location, number, files, given) for location, number in wild.items()]
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        problems += [explain(problem, files, given) for problem in error.errors()]
+        problems += [explain(problem, files, given) for problem in error.errors() if problem["loc"] not in wild]
     if problems:
         raise UserError("\n".join(problems))
     return Composition(recipe, files, given)
@@ -96,7 +102,10 @@ def composed(path: Path, files: RecipeFiles, overrides: list[Override]) -> dict[
     except yaml.YAMLError as error:
         raise UserError(explain_yaml(error, path)) from None
     except (HydraException, OmegaConfBaseException) as error:
-        lines = str(error).splitlines()
+        cause: BaseException = error
+        while cause.__cause__:  # what Hydra wraps says more than Hydra
+            cause = cause.__cause__
+        lines = [*str(cause).splitlines(), *str(error).splitlines(), type(cause).__name__]
         key = next((line.split(":", 1)[1].strip() for line in lines if line.strip().startswith("full_key:")), "")
         where = files.where(key.replace("[", ".").replace("]", "").split(".")) if key else f"{shown(path)}: "
         raise UserError(f"{where}{key}{': ' if key else ''}{lines[0].rstrip('.')}.") from None
@@ -164,6 +173,8 @@ def parse_override(argument: str) -> Override:
             raise UserError(f"{argument!r}: an override is written key=value{hint}.") from None
         if not exists(key.lstrip("+~")):
             raise UserError(f"There is no key {key!r}.{suggestion(key.replace('-', '_'))}") from None
+        if kind_of(key.split(".")) in (str, str | None) and "'" not in value:
+            return parse_override(f"{key}='{value}'")  # a path such as ~/model, or a text with a brace
         raise UserError(f"{argument}: the value cannot be read; put it in quotes: \"{key}='{value}'\".") from None
     return override
 
@@ -175,15 +186,15 @@ def check_override(override: Override, argument: str, files: RecipeFiles) -> Non
         raise UserError(f"{argument}: a comma makes a sweep; add --multirun, or quote the value.")
     if override.type is not None and override.type.name != "CHANGE":
         raise UserError(f"{argument}: every key already has a value; write {key.lstrip('+~')}=...")
-    if isinstance(value, str) and files.options(key):
-        files.choices[key] = value  # a config group: model=tiny is conf/model/tiny.yaml
+    if not isinstance(value, dict) and section_of(kind_of([key])) and files.is_group(key):
+        files.choices[key] = argument.partition("=")[2]  # a config group: model=tiny is conf/model/tiny.yaml
     elif not exists(key):
         raise UserError(f"There is no key {key!r}.{suggestion(key)}")
 
 
 def spell(override: Override, files: RecipeFiles) -> str:
     """Hydra's spelling: the schema, not the YAML, decides which keys and groups exist."""
-    if override.key_or_group in files.choices and isinstance(override.value(), str):
+    if override.key_or_group in files.choices and not isinstance(override.value(), dict):
         return f"{'' if override.key_or_group in files.groups else '+'}{override.input_line}"
     return f"++{override.input_line}"
 
@@ -284,7 +295,7 @@ def explain(problem: ErrorDetails, files: RecipeFiles, given: tuple[str, ...]) -
     key, spelt = dotted(location), ".".join(str(part) for part in location)
     where = "" if is_given(location, given) else files.where(location)
     section = section_of(kind_of(str(part) for part in location))
-    if kind == "extra_forbidden":
+    if kind in ("extra_forbidden", "invalid_key"):
         return f"{where}{'t' if where else 'T'}here is no key {spelt!r}.{suggestion(spelt)}"
     if kind == "missing":
         where = where or files.where(location[:-1])

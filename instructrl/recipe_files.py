@@ -108,6 +108,10 @@ class RecipeFiles:
         name = name if name.endswith(".yaml") else f"{name}.yaml"
         return next((root / name for root in self.roots if (root / name).is_file()), None)
 
+    def is_group(self, name: str) -> bool:
+        """Whether a root has a folder of that name, so that Hydra takes `name=x` for the choice of `name/x.yaml`."""
+        return any((root / name).is_dir() for root in self.roots)
+
     def options(self, group: str) -> list[str]:
         """What a group, or with "" a recipe, can be."""
         folders = [root / group for root in self.roots] if group else self.roots[1:]
@@ -137,6 +141,9 @@ class RecipeFiles:
             kind = "a list" if isinstance(root, yaml.SequenceNode) else "text"
             self.problems.append(f"{shown(path)}:{line_of(root)}: a recipe is 'key: value' lines, this is {kind}.")
             return None
+        for key, _ in root.value:
+            if key.value == "hydra":  # Hydra would take it for its own, and leave it out
+                self.problems.append(f"{shown(path)}:{line_of(key)}: there is no key 'hydra'.")
         for location, first, again in repeated(root):
             self.problems.append(f"{shown(path)}:{again}: {dotted(location)} is set twice, first on line {first}.")
         return root

@@ -1,0 +1,208 @@
+"""The plan: what runs, and the root cause it gives. Artifacts are published by hand, nothing runs."""
+
+import json
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+import pytest
+
+from instructrl.artifacts import Store
+from instructrl.config import Recipe
+from instructrl.pipeline import stages
+from instructrl.plan import StagePlan, changes, make_plan
+from instructrl.recipe import load_recipe
+
+
+class Bench:
+    """A store in which stages are made by publishing a text."""
+
+    def __init__(self, here: Path) -> None:
+        self.store = Store(here / "artifacts")
+        self.texts: dict[str, str] = {}
+        self.recipes: dict[tuple[str, ...], Recipe] = {}
+
+    def plan(self, *overrides: str, force: Collection[str] = (), targets: Iterable[str] = ("eval",)) -> list[StagePlan]:
+        recipe = self.recipe(*overrides)
+        return make_plan(stages(recipe), recipe, targets, self.store, force)
+
+    def why(self, *overrides: str, force: Collection[str] = (), targets: Iterable[str] = ("eval",)) -> dict[str, str]:
+        """The reasons of the stages that run."""
+        return {
+            step.stage.name: ", ".join(step.why)
+            for step in self.plan(*overrides, force=force, targets=targets)
+            if step.runs
+        }
+
+    def recipe(self, *overrides: str) -> Recipe:
+        if overrides not in self.recipes:
+            self.recipes[overrides] = load_recipe(["recipe=base.yaml", *overrides])
+        return self.recipes[overrides]
+
+    def make(self, *overrides: str, targets: Iterable[str] = ("eval",), force: Collection[str] = ()) -> None:
+        """What running the plan would leave."""
+        plan = self.plan(*overrides, targets=targets, force=force)
+        keys = {step.stage.name: step.key for step in plan}
+        for step in plan:
+            if step.runs:
+                partial = self.store.partial(step.stage.name, step.key)
+                partial.mkdir(parents=True, exist_ok=True)
+                (partial / "out").write_text(self.texts.get(step.stage.name, ""))
+                upstream = {need: self.store.find(need, keys[need]) for need in step.stage.needs}
+                digests = {need: artifact.digest for need, artifact in upstream.items() if artifact}
+                self.store.publish(step.stage.name, step.key, digests, {"seconds": 60.0}, {})
+            self.store.remember(self.recipe(*overrides).name, {step.stage.name: step.key})
+
+
+@pytest.fixture
+def bench(here: Path) -> Bench:
+    return Bench(here)
+
+
+@pytest.fixture
+def made(bench: Bench) -> Bench:
+    bench.make()
+    return bench
+
+
+ALL = ["data", "pretrain", "sft", "label", "reward_model", "ppo", "ppo_ptx", "eval"]
+
+
+def test_first_run(bench: Bench) -> None:
+    assert bench.why() == dict.fromkeys(ALL, "never ran")
+
+
+def test_nothing_to_do(made: Bench) -> None:
+    assert made.why() == {}
+    assert made.why("runtime.jobs=2", "runtime.device=cpu", "runtime.save_minutes=1") == {}
+
+
+def test_root_cause_and_what_is_downstream_of_it(made: Bench) -> None:
+    assert made.why("sft.learning_rate=3e-5") == {
+        "sft": "sft.learning_rate: 9.65e-06 -> 3e-05",
+        "label": "downstream of sft",
+        "reward_model": "downstream of sft",
+        "ppo": "downstream of sft",
+        "ppo_ptx": "downstream of sft",
+        "eval": "downstream of sft",
+    }
+
+
+def test_two_root_causes(made: Bench) -> None:
+    assert made.why("reward_model.epochs=2", "ppo.kl_coef=0.1") == {
+        "reward_model": "reward_model.epochs: 1.0 -> 2.0",
+        "ppo": "ppo.kl_coef: 0.02 -> 0.1, downstream of reward_model",
+        "ppo_ptx": "downstream of reward_model",
+        "eval": "downstream of reward_model and ppo",
+    }
+
+
+def test_a_change_that_all_stages_read_is_told_once(made: Bench) -> None:
+    why = made.why("seed=1")
+    assert why.pop("data") == "seed: 0 -> 1"
+    assert why == dict.fromkeys(ALL[1:], "downstream of data")
+
+
+def test_changing_back(made: Bench) -> None:
+    made.make("sft.epochs=2")
+    assert made.why("sft.epochs=2") == {}
+    assert made.why() == {}
+
+
+def test_changed_where_only_the_upper_stage_was_run(made: Bench) -> None:
+    made.make("sft.epochs=2", targets=["sft"])
+    assert made.why("sft.epochs=2") == {
+        "label": "sft changed",
+        "reward_model": "downstream of label",
+        "ppo": "downstream of label",
+        "ppo_ptx": "downstream of label",
+        "eval": "downstream of label",
+    }
+
+
+def test_artifact_that_is_gone(made: Bench) -> None:
+    [label] = [step for step in made.plan() if step.stage.name == "label"]
+    [evaluation] = [step for step in made.plan() if step.stage.name == "eval"]
+    assert label.artifact is not None
+    assert evaluation.artifact is not None
+    (label.artifact.path / "manifest.json").unlink()
+    assert made.why() == {}  # nothing needs it
+    [label] = [step for step in made.plan() if step.stage.name == "label"]
+    assert label.why == ("its artifact is gone, and nothing that runs needs it",)
+    (evaluation.artifact.path / "manifest.json").unlink()
+    why = made.why()
+    assert why.pop("label") == "its artifact is gone"
+    assert why.pop("eval") == "its artifact is gone, downstream of label"
+    assert why == dict.fromkeys(("reward_model", "ppo", "ppo_ptx"), "downstream of label")
+
+
+def test_built_again_with_another_result(made: Bench) -> None:
+    made.texts["reward_model"] = "other weights"
+    made.make(targets=["reward_model"], force=["reward_model"])
+    assert made.why() == {
+        "ppo": "reward_model was built again",
+        "ppo_ptx": "reward_model was built again",
+        "eval": "downstream of ppo and ppo_ptx",
+    }
+
+
+def test_built_again_with_the_same_result(made: Bench) -> None:
+    made.make(targets=["reward_model"], force=["reward_model"])
+    assert made.why() == {}
+
+
+def test_forced(made: Bench) -> None:
+    assert made.why(force=["ppo"]) == {"ppo": "forced", "eval": "downstream of ppo"}
+    plans = {step.stage.name: step for step in made.plan(force=["ppo"])}
+    assert plans["eval"].forced
+    assert not plans["ppo_ptx"].forced
+
+
+def test_a_target_needs_only_what_is_above_it(bench: Bench) -> None:
+    assert list(bench.why(targets=["sft"])) == ["data", "pretrain", "sft"]
+
+
+def test_trainer_mapping_and_lists(made: Bench) -> None:
+    assert made.why("sft.trainer.packing=true")["sft"] == "sft.trainer.packing: (absent) -> true"
+    assert made.why("eval.prompted_templates=['{prompt} A']") == {
+        "eval": "eval.prompted_templates: [] -> ['{prompt} A']"
+    }
+
+
+def test_content_of_a_file(bench: Bench, here: Path) -> None:
+    own = ["data.world=null", "eval.judge=reward_model", "data.text=[{path: t.txt}]", "model.path=gpt2"]
+    (here / "t.txt").write_text("one")
+    bench.make(*own)
+    (here / "t.txt").write_text("two")
+    assert bench.why(*own)["data"] == "data.text[0].path: its content changed"
+
+
+def test_version_of_a_stage() -> None:
+    assert changes({"version": 1, "config": {}}, {"version": 2, "config": {}}) == ["the stage's version: 1 -> 2"]
+    assert changes({"packages": {"trl": "1.15"}}, {"packages": {"trl": "1.16"}}) == ["trl: 1.15 -> 1.16"]
+
+
+def test_resumes_from_the_last_complete_checkpoint(bench: Bench) -> None:
+    [data] = bench.plan(targets=["data"])
+    partial = bench.store.partial("data", data.key)
+    for step, complete in ((20, True), (100, True), (120, False)):
+        checkpoint = partial / "checkpoints" / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        if complete:
+            (checkpoint / "COMPLETE").touch()
+    assert bench.why(targets=["data"]) == {"data": "never ran"}  # no order: not begun by a runner
+    (partial / "order.json").write_text(json.dumps({"digests": {}}))
+    assert bench.why(targets=["data"]) == {"data": "never ran, resumes from step 100"}
+    assert bench.why(targets=["data"], force=["data"]) == {"data": "forced"}
+    (partial / "order.json").write_text(json.dumps({"digests": {"other": "inputs"}}))
+    assert bench.why(targets=["data"]) == {"data": "never ran"}
+
+
+def test_time_of_last_time(made: Bench) -> None:
+    plans = {step.stage.name: step for step in made.plan("ppo.kl_coef=0.5")}
+    assert plans["ppo"].seconds == 60.0
+    assert plans["ppo"].runs
+
+
+def test_planning_writes_nothing(bench: Bench, here: Path) -> None:
+    bench.plan()
+    assert [path.name for path in here.iterdir()] == ["base.yaml"]

@@ -1,0 +1,275 @@
+"""Running a plan: kills at any moment, two runners at once, signals, failures. The stages are fakes."""
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Instructrl, ran, until
+
+Spawn = Callable[..., subprocess.Popen[str]]
+
+
+def write_script(here: Path, **stages: dict) -> None:
+    (here / "script.json").write_text(json.dumps(stages))
+
+
+def step_reached(here: Path, stage: str, step: int) -> Callable[[], bool]:
+    pattern = f"artifacts/{stage}/*.partial/checkpoints/checkpoint-{step}/COMPLETE"
+    return lambda: any(here.glob(pattern))
+
+
+def partials(here: Path) -> list[Path]:
+    return list(here.glob("artifacts/*/*.partial"))
+
+
+def test_second_run_does_nothing_and_says_so(here: Path, instructrl: Instructrl, fakes: None) -> None:
+    first = instructrl("run-all", "recipe=base.yaml")
+    assert first.code == 0, first.err
+    assert ran(here) == ["data from 0", "sft from 0", "ppo from 0", "ppo_ptx from 0", "eval from 0"]
+    assert "PPO" in first.out
+    assert "0.75" in first.out
+    assert "Judged by nobody." in first.out
+    second = instructrl("run-all", "recipe=base.yaml")
+    assert second.code == 0
+    assert "Everything is done" in second.out
+    assert "0.75" in second.out
+    assert ran(here) == []
+    assert not partials(here)
+
+
+def test_what_changes_runs_and_what_is_below_it(here: Path, instructrl: Instructrl, fakes: None) -> None:
+    instructrl("ppo", "recipe=base.yaml")
+    ran(here)
+    changed = instructrl("ppo", "recipe=base.yaml", "sft.learning_rate=3e-5")
+    assert "sft.learning_rate: 9.65e-06 -> 3e-05" in changed.out
+    assert ran(here) == ["sft from 0", "ppo from 0"]
+    assert "Everything is done" in instructrl("ppo", "recipe=base.yaml").out  # changed back
+    runtime = ("runtime.threads=1", "runtime.save_minutes=3", "runtime.jobs=2", "runtime.device=cpu")
+    assert "Everything is done" in instructrl("ppo", "recipe=base.yaml", *runtime).out
+    assert ran(here) == []
+
+
+def test_force_runs_a_stage_and_what_is_below_it(here: Path, instructrl: Instructrl, fakes: None) -> None:
+    instructrl("ppo-ptx", "recipe=base.yaml")
+    ran(here)
+    instructrl("ppo-ptx", "recipe=base.yaml", "--force", "sft")
+    assert ran(here) == ["sft from 0", "ppo_ptx from 0"]  # although sft came out the same
+    assert "Everything is done" in instructrl("ppo-ptx", "recipe=base.yaml").out
+    assert not list(here.glob("artifacts/*/*.discarded"))
+
+
+def test_upstream_built_again_and_different_runs_what_is_below_it(
+    here: Path, instructrl: Instructrl, fakes: None
+) -> None:
+    write_script(here, data={"random": True})
+    instructrl("ppo", "recipe=base.yaml")
+    ran(here)
+    instructrl("data", "recipe=base.yaml", "--force=data")
+    assert ran(here) == ["data from 0"]
+    plan = instructrl("ppo", "recipe=base.yaml", "-n").out
+    assert "data was built again" in plan
+    assert "2 of 3 stages to run" in plan
+    instructrl("ppo", "recipe=base.yaml")
+    assert ran(here) == ["sft from 0", "ppo from 0"]
+
+
+def test_upstream_built_again_to_the_bit_runs_nothing_below_it(here: Path, instructrl: Instructrl, fakes: None) -> None:
+    instructrl("sft", "recipe=base.yaml")
+    ran(here)
+    remove(here, "data")
+    result = instructrl("ppo", "recipe=base.yaml")
+    assert ran(here) == ["data from 0", "ppo from 0"]
+    assert "sft: still good" in result.out
+
+
+def remove(here: Path, stage: str) -> None:
+    for path in sorted((here / "artifacts" / stage).rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+def test_killed_stage_is_resumed(here: Path, instructrl: Instructrl, fakes: None) -> None:
+    write_script(here, sft={"steps": 5, "end": "kill"})
+    failed = instructrl("run-all", "recipe=base.yaml")
+    assert failed.code == 1
+    assert "sft was killed by SIGKILL" in failed.err
+    assert "Go on with: instructrl run-all recipe=base.yaml" in failed.err
+    assert [path.parent.name for path in partials(here)] == ["sft"]
+    assert not list(here.glob("artifacts/sft/*/manifest.json"))
+    assert "resumes from step 4" in instructrl("plan", "recipe=base.yaml").out
+    write_script(here)
+    assert instructrl("sft", "recipe=base.yaml").code == 0
+    assert "sft from 4" in ran(here)
+    [sft] = here.glob("artifacts/sft/*/manifest.json")
+    assert not (sft.parent / "checkpoints").exists()
+    assert not (sft.parent / "half.txt").exists()
+
+
+def test_crash_prints_sentence_log_and_command(here: Path, instructrl: Instructrl, fakes: None) -> None:
+    write_script(here, data={"end": "crash"})
+    failed = instructrl("run-all", "recipe=base.yaml", "--force", "data")
+    assert failed.code == 1
+    assert "data failed: RuntimeError: out of cheese." in failed.err
+    assert "  | about to crash" in failed.err
+    log = failed.err.split("Its log: ")[1].splitlines()[0]
+    assert "about to crash" in (here / log).read_text()
+    assert failed.err.splitlines()[-1] == "Go on with: instructrl run-all recipe=base.yaml"
+
+
+def test_wrong_data_leaves_nothing_half_written(here: Path, instructrl: Instructrl, fakes: None) -> None:
+    write_script(here, data={"end": "user error"})
+    failed = instructrl("run-all", "recipe=base.yaml")
+    assert failed.code == 2
+    assert failed.err == "Error: my.jsonl:3: this line is no JSON.\n"
+    assert not partials(here)
+    assert not list(here.glob("artifacts/*/*/*"))
+
+
+def test_a_failure_lets_what_runs_beside_it_finish(here: Path, instructrl: Instructrl, fakes: None) -> None:
+    write_script(here, ppo={"end": "crash"}, ppo_ptx={"steps": 3, "seconds": 0.3})
+    failed = instructrl("run-all", "recipe=base.yaml", "runtime.jobs=2")
+    assert failed.code == 1
+    assert "ppo failed" in failed.err
+    assert "ppo_ptx: done" in failed.out
+    assert "eval from 0" not in ran(here)
+
+
+def test_killed_runner_leaves_an_orphan_that_the_next_one_waits_for(here: Path, spawn: Spawn) -> None:
+    write_script(here, data={"steps": 8, "seconds": 0.25})
+    first = spawn("data", "recipe=base.yaml")
+    until(step_reached(here, "data", 2))
+    first.kill()
+    first.wait()
+    out, err = spawn("data", "recipe=base.yaml").communicate(timeout=30)
+    assert "another process is making it; waiting" in out, err
+    assert "data: done" in out
+    assert ran(here) == ["data from 0"]  # trained once
+    assert len(list(here.glob("artifacts/data/*/manifest.json"))) == 1
+
+
+def test_orphan_that_finished_is_published(here: Path, spawn: Spawn, instructrl: Instructrl, fakes: None) -> None:
+    write_script(here, data={"steps": 3, "seconds": 0.2})
+    first = spawn("data", "recipe=base.yaml")
+    until(step_reached(here, "data", 1))
+    first.kill()
+    first.wait()
+    until(lambda: any(here.glob("artifacts/data/*.partial/result.json")))
+    assert "finished, to be published" in instructrl("plan", "recipe=base.yaml").out
+    assert instructrl("data", "recipe=base.yaml").code == 0
+    assert ran(here) == ["data from 0"]
+
+
+def test_two_runners_build_once(here: Path, spawn: Spawn) -> None:
+    write_script(here, data={"steps": 12, "seconds": 0.25})
+    first = spawn("data", "recipe=base.yaml")
+    until(step_reached(here, "data", 1))
+    second = spawn("data", "recipe=base.yaml")
+    outputs = [process.communicate(timeout=30)[0] for process in (first, second)]
+    assert first.returncode == second.returncode == 0
+    assert "data: done" in outputs[0]
+    assert "waiting" in outputs[1]
+    assert "made meanwhile" in outputs[1]
+    assert ran(here) == ["data from 0"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_saves_and_the_next_run_resumes(
+    here: Path, spawn: Spawn, instructrl: Instructrl, fakes: None, number: int, code: int
+) -> None:
+    write_script(here, data={"steps": 50, "seconds": 0.1})
+    process = spawn("run-all", "recipe=base.yaml")
+    until(step_reached(here, "data", 2))
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert "Stopping" in out
+    assert "data was stopped and saved at step" in err
+    assert "Go on with: instructrl run-all recipe=base.yaml" in err
+    saved = int(err.split("saved at step ")[1].split(".")[0])
+    write_script(here, data={"steps": saved + 1})
+    ran(here)
+    assert instructrl("data", "recipe=base.yaml").code == 0
+    assert ran(here) == [f"data from {saved}"]
+
+
+def test_stage_stopped_on_its_own_is_no_artifact(here: Path, spawn: Spawn) -> None:
+    write_script(here, data={"steps": 50, "seconds": 0.1})
+    process = spawn("data", "recipe=base.yaml")
+    until(step_reached(here, "data", 1))
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    os.kill(int(children.stdout.split()[0]), signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert "data was stopped and saved at step" in err
+    assert not list(here.glob("artifacts/data/*/manifest.json"))
+
+
+def test_partial_from_other_inputs_is_started_over(here: Path, instructrl: Instructrl, fakes: None) -> None:
+    write_script(here, data={"random": True}, sft={"steps": 4, "end": "kill"})
+    assert instructrl("sft", "recipe=base.yaml").code == 1
+    assert instructrl("data", "recipe=base.yaml", "--force=data").code == 0
+    write_script(here)
+    ran(here)
+    assert "resumes" not in instructrl("plan", "recipe=base.yaml").out
+    assert instructrl("sft", "recipe=base.yaml").code == 0
+    assert ran(here) == ["sft from 0"]
+
+
+def test_interrupted_force_goes_on_with_the_same_force(here: Path, instructrl: Instructrl, fakes: None) -> None:
+    assert instructrl("sft", "recipe=base.yaml").code == 0
+    write_script(here, sft={"steps": 4, "end": "kill"})
+    failed = instructrl("sft", "recipe=base.yaml", "--force=sft")
+    assert "Go on with: instructrl sft recipe=base.yaml --force=sft" in failed.err
+    assert "Everything is done" in instructrl("sft", "recipe=base.yaml").out  # the old artifact is still there
+    write_script(here)
+    ran(here)
+    assert instructrl("sft", "recipe=base.yaml", "--force=sft").code == 0
+    assert ran(here) == ["sft from 3"]
+
+
+def test_environment_of_a_stage(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from instructrl.recipe import load_recipe
+    from instructrl.runner import environment
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    plain = environment(load_recipe(["recipe=base.yaml"]))
+    assert plain["TOKENIZERS_PARALLELISM"] == "false"
+    assert "HF_HUB_OFFLINE" not in plain
+    assert "OMP_NUM_THREADS" not in plain
+    told = environment(load_recipe(["recipe=base.yaml", "runtime.threads=3", "runtime.offline=true"]))
+    assert told["OMP_NUM_THREADS"] == "3"
+    assert told["HF_HUB_OFFLINE"] == "1"
+
+
+def test_metrics_and_origin_are_in_the_manifest(here: Path, instructrl: Instructrl, fakes: None) -> None:
+    instructrl("sft", "recipe=base.yaml")
+    shown = json.loads(instructrl("show", "sft", "recipe=base.yaml", "--json").out)
+    assert shown["metrics"] == {"loss": 0.25, "lost": None}
+    assert shown["inputs"]["data"].startswith("artifacts/data/")
+    assert shown["current"] is True
+    assert shown["made"]["packages"]["pydantic"]
+    assert shown["made"]["command"] == "instructrl sft recipe=base.yaml"
+    assert shown["key"]["packages"]["trl"].count(".") == 1
+    assert shown["key"]["config"]["sft"]["batch_size"] == 32
+    assert "runtime" not in shown["key"]["config"]
+
+
+def test_sweep_shares_what_is_equal(here: Path, instructrl: Instructrl, fakes: None) -> None:
+    result = instructrl("ppo", "recipe=base.yaml", "ppo.kl_coef=0.01,0.02", "--multirun")
+    assert result.code == 0, result.err
+    assert ran(here) == ["data from 0", "sft from 0", "ppo from 0", "ppo from 0"]
+    summary = result.out.splitlines()[-5:]
+    assert any("ppo.kl_coef=0.01" in line and "done" in line and "0.25" in line for line in summary)
+    assert any("ppo.kl_coef=0.02" in line for line in summary)
+
+
+def test_failed_job_of_a_sweep_leaves_the_others(here: Path, instructrl: Instructrl, fakes: None) -> None:
+    write_script(here, ppo={"end": "crash"})
+    result = instructrl("ppo", "recipe=base.yaml", "ppo.kl_coef=0.01,0.02", "-m")
+    assert result.code == 1
+    assert "2 of 2 jobs failed" in result.err
+    assert ran(here).count("ppo from 0") == 2
