@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import os
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,11 @@ def optimizer(model: PreTrainedModel, settings: SFT | RewardModel) -> MuonAdamW 
         return None
     groups = parameter_groups(model, settings.learning_rate, settings.muon_learning_rate)
     return MuonAdamW(groups, betas=(0.9, settings.adam_beta2))
+
+
+def counted(dropped: Mapping[str, int]) -> str:
+    """What was dropped and why, for a sentence."""
+    return ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
 
 
 def largest_divisor(number: int, at_most: int) -> int:

@@ -89,6 +89,8 @@ def ensure_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> No
 def save(model: PreTrainedModel, template: Template, folder: Path) -> None:
     """Write weights (safetensors), config, tokenizer and template: a folder that the stock Auto classes load."""
     folder.mkdir(parents=True, exist_ok=True)
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = True  # Trainer switches it off, and a policy that samples without it is slow
     model.save_pretrained(folder)
     template.save(folder)
 

@@ -14,7 +14,7 @@ from trl import RewardConfig
 from instructrl.config import Recipe
 from instructrl.errors import UserError
 from instructrl.stages import models, preferences
-from instructrl.stages.arguments import check_trainer, optimizer, trainer_arguments
+from instructrl.stages.arguments import check_trainer, counted, optimizer, trainer_arguments
 from instructrl.stages.checkpoints import FOLDER, train
 from instructrl.stages.tables import read_table
 from instructrl.stages.template import Limits, Template
@@ -37,15 +37,14 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
     sft = inputs["sft"] / "model"
     template = Template.load(sft)
     model = models.init_reward_model(sft, recipe)
-    limits, dropped = Limits.of(recipe, model), Counter()
+    limits, dropped, unmeasured = Limits.of(recipe, model), Counter(), Counter()
     source = inputs.get("label", inputs["data"])
     train_table = "judge" if name == "judge" else "train"
     rows = encode(read_table(source / f"rankings.{train_table}.parquet"), template, limits, dropped)
-    held_out = encode(read_table(source / "rankings.valid.parquet"), template, limits, Counter())
+    held_out = encode(read_table(source / "rankings.valid.parquet"), template, limits, unmeasured)
     if not rows or not held_out:
-        what = "train on" if not rows else "measure it with"
-        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
-        raise UserError(f"{name} has no ranking with an untied pair left to {what}; dropped: {reasons}.")
+        what, why = ("train on", dropped) if not rows else ("measure it with", unmeasured)
+        raise UserError(f"{name} has no ranking with an untied pair left to {what}; dropped: {counted(why)}.")
 
     trainer = KWiseRewardTrainer(
         model=model,

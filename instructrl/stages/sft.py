@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from instructrl.config import Recipe
 from instructrl.errors import UserError
 from instructrl.stages import models
-from instructrl.stages.arguments import check_trainer, optimizer, trainer_arguments
+from instructrl.stages.arguments import check_trainer, counted, optimizer, trainer_arguments
 from instructrl.stages.checkpoints import FOLDER, train
 from instructrl.stages.tables import read_table
 from instructrl.stages.template import Limits, Template
@@ -96,10 +96,6 @@ def encode(path: Path, template: Template, limits: Limits) -> tuple[list[dict], 
         else:
             rows.append({"input_ids": prompt + response, "completion_mask": [0] * len(prompt) + [1] * len(response)})
     return rows, dropped
-
-
-def counted(dropped: Counter) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
 
 
 class FastSFTTrainer(SFTTrainer):
