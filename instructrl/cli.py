@@ -33,7 +33,7 @@ app = typer.Typer(
 def complete(incomplete: str) -> list[str]:
     """Shell completion of `recipe=NAME` and `key=`."""
     from instructrl.keys import every_key
-    from instructrl.recipe import recipe_names
+    from instructrl.recipe_files import recipe_names
 
     choices = [f"recipe={name}" for name in recipe_names()] + [f"{key}=" for key in every_key()]
     return [choice for choice in choices if choice.startswith(incomplete)]

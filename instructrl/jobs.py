@@ -11,10 +11,12 @@ from instructrl.display import open_display
 from instructrl.errors import StageFailed, UserError
 from instructrl.key import sentence
 from instructrl.keys import closest, did_you_mean
+from instructrl.launch import check_trainers
+from instructrl.overrides import sweep
 from instructrl.pipeline import LAST, NAMES, ordered, stages
 from instructrl.plan import StagePlan, make_plan
-from instructrl.recipe import Composition, compose_recipe, sweep
-from instructrl.runner import check_trainers, run_plan
+from instructrl.recipe import Composition, compose_recipe
+from instructrl.runner import run_plan
 from instructrl.stages import sources
 
 WITHOUT = {  # why a recipe can lack a stage

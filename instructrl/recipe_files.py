@@ -220,3 +220,19 @@ def shown(path: Path | None) -> str:
     """The path as a person would type it: relative where that is shorter."""
     relative = os.path.relpath(str(path))
     return min(relative, str(path), key=len)
+
+
+def shipped(folder: str) -> Path:
+    """`conf` or `recipes`: inside the package in a wheel, at the repository's root in an editable install."""
+    package = Path(__file__).resolve().parent
+    return package / folder if (package / folder).is_dir() else package.parent / folder
+
+
+def recipe_names() -> list[str]:
+    """The shipped recipes."""
+    return sorted(path.stem for path in shipped("recipes").glob("*.yaml"))
+
+
+def is_recipe(name: str) -> bool:
+    """Whether the text would do after `recipe=`."""
+    return name in recipe_names() or name.endswith((".yaml", ".yml"))

@@ -51,7 +51,7 @@ def test_nothing_heavy_is_imported(here: Path, arguments: list[str]) -> None:
 
 def test_second_run_is_quick(here: Path, instructrl: Instructrl, fakes: None) -> None:
     assert instructrl("data", "recipe=base.yaml").code == 0
-    assert cpu_seconds("-m", "fakes.cli", "data", "recipe=base.yaml") < 1
+    assert cpu_seconds("-m", "fakes.cli", "data", "recipe=base.yaml") < 1.5  # 0.6 on an idle core
 
 
 def test_help_names_every_command(instructrl: Instructrl) -> None:

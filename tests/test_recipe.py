@@ -8,12 +8,14 @@ import pytest
 import yaml
 from conftest import BASE
 
-from instructrl import recipe as recipe_module
+from instructrl import recipe, recipe_files
 from instructrl.config import Recipe, World
 from instructrl.errors import UserError
 from instructrl.keys import every_key, exists, suggestion
+from instructrl.overrides import sweep
 from instructrl.printout import recipe_as_yaml
-from instructrl.recipe import compose_recipe, load_recipe, recipe_names, sweep
+from instructrl.recipe import compose_recipe, load_recipe
+from instructrl.recipe_files import recipe_names
 
 
 @pytest.fixture
@@ -28,7 +30,8 @@ def shelf(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     }.items():
         (shelf / path).parent.mkdir(parents=True, exist_ok=True)
         (shelf / path).write_text(text)
-    monkeypatch.setattr(recipe_module, "shipped", lambda folder: shelf / folder)
+    for module in (recipe, recipe_files):
+        monkeypatch.setattr(module, "shipped", lambda folder: shelf / folder)
     return shelf
 
 

@@ -231,8 +231,8 @@ def test_interrupted_force_goes_on_with_the_same_force(here: Path, instructrl: I
 
 
 def test_environment_of_a_stage(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from instructrl.launch import environment
     from instructrl.recipe import load_recipe
-    from instructrl.runner import environment
 
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)

@@ -1,0 +1,45 @@
+"""Starting the process of a stage: its environment, and the check of trainer settings before anything trains."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from instructrl.config import Recipe
+from instructrl.errors import StageFailed, UserError
+from instructrl.plan import StagePlan
+
+
+def environment(recipe: Recipe) -> dict[str, str]:
+    """The stage's environment: what must be set before torch or a Hugging Face library is imported."""
+    runtime = recipe.runtime
+    threads = runtime.threads or (max(1, (os.cpu_count() or 1) // runtime.jobs) if runtime.jobs > 1 else None)
+    added = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    if threads and not (runtime.threads is None and "OMP_NUM_THREADS" in os.environ):
+        added["OMP_NUM_THREADS"] = str(threads)
+    if runtime.offline:
+        added |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    return os.environ | added
+
+
+def check_trainers(plan: Sequence[StagePlan], recipe: Recipe) -> None:
+    """Let TRL's configs be built before anything trains, if the recipe passes fields of its own to them.
+
+    Raises:
+        UserError: a field is unknown, set elsewhere in the recipe, or refused by TRL.
+    """
+    modules = {step.stage.module or step.stage.name for step in plan if step.runs}
+    modules = [name for name in ("sft", "reward_model") if name in modules and getattr(recipe, name).trainer]
+    if not modules:
+        return
+    order = json.dumps({"modules": modules, "recipe": recipe.model_dump(mode="json")})
+    arguments = [sys.executable, "-m", "instructrl.worker", "--check"]
+    done = subprocess.run(arguments, input=order, env=environment(recipe), capture_output=True, text=True, check=False)
+    try:
+        problems = json.loads(done.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise StageFailed(f"{' and '.join(f'{name}.trainer' for name in modules)} cannot be checked: {last}") from None
+    if problems:
+        raise UserError("\n".join(problems))

@@ -1,0 +1,95 @@
+"""The `key=value` arguments of the command line: read by Hydra's grammar, checked against the schema, swept over."""
+
+import itertools
+from collections.abc import Iterator
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from instructrl.errors import UserError
+from instructrl.keys import exists, kind_of, section_of, suggestion
+from instructrl.recipe_files import Location, RecipeFiles, is_recipe
+
+
+def sweep(arguments: list[str]) -> list[list[str]]:
+    """`ppo.kl_coef=0.01,0.02` -> one list of arguments per combination, as Hydra's --multirun does.
+
+    Raises:
+        UserError: an argument cannot be read.
+    """
+    return [list(combination) for combination in itertools.product(*(list(choices(a)) for a in arguments))]
+
+
+def choices(argument: str) -> Iterator[str]:
+    """The values of one argument of a sweep."""
+    if argument.startswith("recipe="):
+        yield from (f"recipe={name}" for name in argument.removeprefix("recipe=").split(","))
+        return
+    override = parse_override(argument)
+    if not override.is_sweep_override():
+        yield argument
+        return
+    try:
+        values = list(override.sweep_string_iterator())
+    except HydraException as error:  # glob() makes sense only for groups
+        raise UserError(f"{argument}: {str(error).splitlines()[0]}.") from None
+    yield from (f"{override.key_or_group}={value}" for value in values)
+
+
+def parse(arguments: list[str], files: RecipeFiles) -> tuple[list[Override], list[str]]:
+    """The overrides, and a sentence for each that cannot be one. Choices of groups are noted in `files`."""
+    overrides, problems = [], []
+    for argument in arguments:
+        try:
+            override = parse_override(argument)
+            check_override(override, argument, files)
+        except UserError as error:
+            problems.append(str(error))
+        else:
+            overrides.append(override)
+    return overrides, problems
+
+
+def parse_override(argument: str) -> Override:
+    """One `key=value`."""
+    try:
+        [override] = OverridesParser.create().parse_overrides([argument])
+        override.value()
+    except (HydraException, ValueError):
+        key, equals, value = argument.partition("=")
+        if not equals:
+            hint = f"; a recipe is chosen with recipe={argument}" if is_recipe(argument) else ""
+            raise UserError(f"{argument!r}: an override is written key=value{hint}.") from None
+        if not exists(key.lstrip("+~")):
+            raise UserError(f"There is no key {key!r}.{suggestion(key.replace('-', '_'))}") from None
+        if kind_of(key.split(".")) in (str, str | None) and "'" not in value:
+            return parse_override(f"{key}='{value}'")  # a path such as ~/model, or a text with a brace
+        raise UserError(f"{argument}: the value cannot be read; put it in quotes: \"{key}='{value}'\".") from None
+    return override
+
+
+def check_override(override: Override, argument: str, files: RecipeFiles) -> None:
+    """Refuse what the closed schema cannot take, before Hydra does so in its own words."""
+    key, value = override.key_or_group, override.value()
+    if override.is_sweep_override():
+        raise UserError(f"{argument}: a comma makes a sweep; add --multirun, or quote the value.")
+    if override.type is not None and override.type.name != "CHANGE":
+        raise UserError(f"{argument}: every key already has a value; write {key.lstrip('+~')}=...")
+    if not isinstance(value, dict) and section_of(kind_of([key])) and files.is_group(key):
+        files.choices[key] = argument.partition("=")[2]  # a config group: model=tiny is conf/model/tiny.yaml
+    elif not exists(key):
+        raise UserError(f"There is no key {key!r}.{suggestion(key)}")
+
+
+def spell(override: Override, files: RecipeFiles) -> str:
+    """Hydra's spelling: the schema, not the YAML, decides which keys and groups exist."""
+    if override.key_or_group in files.choices and not isinstance(override.value(), dict):
+        return f"{'' if override.key_or_group in files.groups else '+'}{override.input_line}"
+    return f"++{override.input_line}"
+
+
+def is_given(location: Location, given: tuple[str, ...]) -> bool:
+    """Whether the command line sets the key, or a section it lies in."""
+    key = ".".join(str(part) for part in location)
+    return any(key == name or key.startswith(f"{name}.") for name in given)
