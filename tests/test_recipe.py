@@ -52,6 +52,13 @@ def test_shipped_recipes_compose(name: str) -> None:
     assert load_recipe([f"recipe={name}"]).name == name
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in recipe_files.shipped("conf").glob("runtime/*.yaml")))
+def test_shipped_runtimes_compose(name: str) -> None:
+    chosen = load_recipe([f"runtime={name}"])
+    assert chosen.runtime != load_recipe([]).runtime
+    assert chosen.sft == load_recipe([]).sft
+
+
 def test_overrides(here: Path) -> None:
     recipe = load_recipe(["recipe=base.yaml", "sft.learning_rate=3e-5", "sft.trainer.max_grad_norm=2", "name=mine"])
     assert recipe.sft.learning_rate == 3e-5
