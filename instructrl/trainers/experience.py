@@ -48,8 +48,8 @@ class Episodes:
         lengths = torch.tensor([len(row) for row in columns["old_logprobs"]])
         for name in ("old_logprobs", "ref_logprobs", "values"):
             columns[name] = pad_sequence(columns[name], batch_first=True)
-        for name in ("scores", "ended"):
-            columns[name] = torch.tensor(columns[name])
+        columns["scores"] = torch.tensor(columns["scores"], dtype=columns["values"].dtype)
+        columns["ended"] = torch.tensor(columns["ended"])
         return cls(mask=torch.arange(int(lengths.max()))[None] < lengths[:, None], **columns)
 
 

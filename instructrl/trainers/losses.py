@@ -35,7 +35,7 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def shaped_rewards(score: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """r_t = -beta * (log pi(y_t) - log pi_ref(y_t)) + [t is the last real token] * score (section 3.5, eq. 2; App. C.4).
+    """r_t = -beta * (log pi(y_t) - log pi_ref(y_t)) + [t is the last real token] * score (3.5 eq. 2, App. C.4).
 
     score [B], logprobs, ref_logprobs, mask [B, R] -> [B, R], 0 on padding. The last real token is EOS where there is
     one: there the reward model reads its score. A row without tokens has no place for its score and gets none.

@@ -208,7 +208,7 @@ class PPOTrainer(Trainer):
 
     def score(self, numbers, prompts, responses, sequences) -> list[float]:
         """Each response's score, the reward model's bias subtracted (App. C.2)."""
-        scores = torch.full((len(numbers),), -self.args.reward_bias)
+        scores = torch.full((len(numbers),), -self.args.reward_bias, dtype=torch.float64)
         if self.reward_model is not None:
             limits = {"pad_token_id": self.pad_id, "max_tokens": self.args.max_tokens}
             scores += rollout.score_rewards(self.reward_model, sequences, **limits)
@@ -223,7 +223,7 @@ class PPOTrainer(Trainer):
                 if len(result) != len(numbers):
                     name = getattr(function, "__name__", type(function).__name__)
                     raise ValueError(f"reward function {name} gave {len(result)} scores for {len(numbers)} responses")
-                scores += torch.tensor(result, dtype=torch.float32)
+                scores += torch.tensor(result, dtype=torch.float64)
         for response, score in zip(responses, scores.tolist(), strict=True):
             if score != score or abs(score) == float("inf"):
                 raise ValueError(f"the score of {self.processing_class.decode(response)!r} is {score}")
@@ -360,7 +360,7 @@ class PPOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Once an iteration: means over its optimizer steps, and seconds, under TRL 1.12's names where it has them."""
-        if self.stats:
+        if self.stats and "learning_rate" in logs:  # not the summary at the end of training
             update = self.accelerator.reduce(torch.stack(self.stats.pop("update")).mean(0), "sum").tolist()
             if self.ptx_dataset:
                 self.stats["loss/ptx"] = self.accelerator.reduce(torch.stack(self.stats["loss/ptx"]), "mean")

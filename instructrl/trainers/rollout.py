@@ -82,7 +82,7 @@ def token_scores(model: PreTrainedModel, input_ids: Tensor, where: Tensor) -> Te
 
 
 def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Row numbers in batches of like length, longest first, each of at most `max_tokens` after padding, or of one row."""
+    """Row numbers in batches of like length, longest first, each of at most `max_tokens` after padding, or one row."""
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True):
         if batches and (len(batches[-1]) + 1) * max(lengths[batches[-1][0]], 1) <= max_tokens:
@@ -160,14 +160,14 @@ def score_values(
 def score_rewards(
     reward_model: PreTrainedModel, sequences: Sequence[Sequence[int]], *, pad_token_id: int, max_tokens: int
 ) -> Tensor:
-    """The reward model's scalar at each sequence's last token: [B] float32 on the CPU. No bias is subtracted."""
-    rewards = torch.zeros(len(sequences))
+    """The reward model's scalar at each sequence's last token: [B] float64 on the CPU. No bias is subtracted."""
+    rewards = torch.zeros(len(sequences), dtype=torch.float64)
     for rows in length_batches([len(sequence) for sequence in sequences], max_tokens):
         batch = [sequences[row] for row in rows]
         last = torch.tensor([len(sequence) - 1 for sequence in batch])
         where = (torch.arange(max(map(len, batch)))[None] == last[:, None]).to(reward_model.device)
         input_ids = pad_right(batch, pad_token_id, reward_model.device)
-        rewards[rows] = token_scores(reward_model, input_ids, where).float().cpu()
+        rewards[rows] = token_scores(reward_model, input_ids, where).double().cpu()
     return rewards
 
 
