@@ -99,8 +99,17 @@ class Source(Section):
     """The Hub commit (40 hex digits)."""
     limit: PositiveInt | None = None
     """Keep the first so many rows."""
+    cut_prompt: int | None = None
+    """Keep so many characters of a prompt, in whole words: its beginning (200: an article to summarize), or its end
+    (-200: a dialogue). Null: prompts that are too long are dropped."""
     skip_invalid: bool = False
     """Drop and count rows that are wrong (an empty response, ranks that do not fit), instead of stopping at the first."""
+
+    @model_validator(mode="after")
+    def cut_leaves_something(self) -> "Source":
+        if self.cut_prompt == 0:
+            raise ValueError("cut_prompt=0 leaves nothing of a prompt; give a number of characters, or null")
+        return self
 
 
 class Data(Section):

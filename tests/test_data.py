@@ -160,6 +160,17 @@ def test_the_stage_writes_every_table_and_says_what_it_dropped(tmp_path):
     assert readings["data.text[0]"]["files"] == [str(tmp_path / "t.jsonl")]
 
 
+def test_long_prompts_are_cut_in_whole_words(tmp_path):
+    text = "one two  three four"
+    cuts = {3: "one", 4: "one", 5: "one", 7: "one two", 9: "one two", 14: "one two  three", 99: text}
+    cuts |= {-4: "four", -6: "four", -7: "four", -10: "three four", -12: "three four", -99: text}
+    assert {characters: stage.cut(text, characters) for characters in cuts} == cuts
+    assert stage.cut("unbroken", 4) == "unbr"
+    assert stage.cut("unbroken", -4) == "oken"
+    source = Source(**jsonl(tmp_path / "d.jsonl", [{"prompt": text, "response": "a"}]), cut_prompt=-5)
+    assert stage.read_source(source, "demonstrations", "k")[0][0]["prompt"] == "four"
+
+
 # ---- the built-in world
 
 

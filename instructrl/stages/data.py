@@ -7,6 +7,7 @@ splits, and neither the order of the rows nor rows added later move it. Whitespa
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -118,6 +119,8 @@ def read_source(source: Source, kind: str, key: str) -> tuple[list[dict], Readin
                 raise records.invalid(row, problem, key) from None
             reading.dropped["invalid"] += 1
             continue
+        if source.cut_prompt and "prompt" in found:
+            found["prompt"] = cut(found["prompt"], source.cut_prompt)
         naming = "kind" if kind == "text" else "source"
         found[naming] = found.get(naming) or label
         if kind == "rankings" and len(set(found["ranks"])) == 1:
@@ -135,6 +138,17 @@ def read_source(source: Source, kind: str, key: str) -> tuple[list[dict], Readin
     if not rows and not reading.dropped["all responses tied"]:
         raise UserError(f"{key}: nothing is left of {source.path}; dropped: {_counted(reading.dropped)}")
     return rows, reading
+
+
+def cut(text: str, characters: int) -> str:
+    """The text's beginning, or with a negative number its end, in whole words."""
+    if len(text) <= abs(characters):
+        return text
+    if characters > 0:
+        kept, beyond = text[:characters], text[characters]
+        return kept.rstrip() if beyond.isspace() else re.sub(r"\s+\S*$", "", kept)
+    kept, beyond = text[characters:], text[characters - 1]
+    return kept.lstrip() if beyond.isspace() else re.sub(r"^\S*\s+", "", kept)
 
 
 def short_name(path: str) -> str:
