@@ -306,7 +306,8 @@ class Runtime(Section):
 
     output_dir: str = "artifacts"
     jobs: PositiveInt = 1
-    """Independent stages that run at the same time (ppo beside ppo_ptx)."""
+    """What runs at the same time: independent stages (ppo beside ppo_ptx), and with one thread a stage, on a CPU, the
+    sampling inside `label` and `eval`."""
     threads: PositiveInt | None = None
     """CPU threads a stage; null: torch's default. Very small models are faster on one."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from instructrl.config import Recipe
 from instructrl.progress import Progress
-from instructrl.stages import report
+from instructrl.stages import models, report
 from instructrl.stages.judging import NAMES
 from instructrl.stages.numbers import measure
+from instructrl.stages.parallel import forked
 from instructrl.stages.scores import SAMPLES, Scores
 from instructrl.stages.study import Study
 from instructrl.stages.tables import write_table
@@ -22,8 +23,14 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
     """Evaluate the five models. Writes `samples.parquet`, `metrics.json` and `report.md`; returns the main numbers."""
     progress, steps = Progress(folder), len(NAMES) + 2
     study = Study(recipe, inputs, folder)
-    for step, model in enumerate(NAMES):
-        progress.update(step, steps)
+
+    def ask(model: str) -> None:
+        study.ask(model)
+        progress.update(study.asked(), steps)
+
+    progress.update(study.asked(), steps)
+    forked(ask, NAMES, recipe.runtime.jobs, models.device(recipe))  # what they find, they leave in checkpoints/
+    for model in NAMES:
         study.ask(model)
     progress.update(steps - 2, steps)
     scores = Scores(study)

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from instructrl.config import Recipe
 from instructrl.progress import Progress
 from instructrl.stages import models, preferences
+from instructrl.stages.parallel import forked
 from instructrl.stages.tables import RANKINGS, read_table, write_table
 from instructrl.stages.template import Template
 from instructrl.stages.winrate import Interval
@@ -34,19 +35,22 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
     world = make_world(recipe.data.world, recipe.seed)
     panel = Panel(recipe)
     tables = {split: read_table(inputs["data"] / f"{table}.parquet") for split, table in TABLES.items()}
-    progress, done, total = Progress(folder), 0, sum(map(len, tables.values()))
+    prompts = [prompt for rows in tables.values() for prompt in rows]
+    progress = Progress(folder)
+
+    def answer(start: int) -> list[Answers]:
+        generator = torch.Generator().manual_seed(recipe.seed * len(prompts) + start)
+        texts = [prompt["prompt"] for prompt in prompts[start : start + CHUNK]]
+        found = sample(policy, template, texts, recipe, generator)
+        progress.update(start + len(texts), len(prompts))
+        return found
+
+    chunks = forked(answer, range(0, len(prompts), CHUNK), recipe.runtime.jobs, models.device(recipe))
+    answers = iter([one for chunk in chunks for one in chunk])
     rankings = {}
-    for split, prompts in tables.items():
-        generator = torch.Generator().manual_seed(recipe.seed + (split == "valid"))
-        rows = []
-        for start in range(0, len(prompts), CHUNK):
-            chunk = prompts[start : start + CHUNK]
-            answers = sample(policy, template, [prompt["prompt"] for prompt in chunk], recipe, generator)
-            rows += [panel.rank(world, *pair, by_all=split == "valid") for pair in zip(chunk, answers, strict=True)]
-            done += len(chunk)
-            progress.update(done, total)
-        write_table(folder / f"rankings.{split}.parquet", rows, RANKINGS)
-        rankings[split] = rows
+    for split, rows in tables.items():
+        rankings[split] = [panel.rank(world, prompt, next(answers), by_all=split == "valid") for prompt in rows]
+        write_table(folder / f"rankings.{split}.parquet", rankings[split], RANKINGS)
     return metrics(rankings["train"], rankings["valid"])
 
 
@@ -54,7 +58,7 @@ class Panel:
     """The labelers: half of them rank for training, the others are held out (paper, 3.4)."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.noise = recipe.label.agreement_noise
+        self.noise, self.tie = recipe.label.agreement_noise, recipe.label.tie_threshold
         n = recipe.label.labelers
         everyone = labelers(2 * n, recipe.seed, recipe.label.taste_spread)
         self.labelers, self.held_out = everyone[:n], everyone[n:]
@@ -69,8 +73,8 @@ class Panel:
         judgements = [world.judge(spec, text, ended) for text, ended in answers]
         number = self.rng.randrange(len(self.labelers))
         every = range(len(self.labelers)) if by_all else [number]
-        annotators = {i: self.labelers[i].rank(judgements, self.rng, self.noise) for i in every}
-        held_out = [one.rank(judgements, self.rng, self.noise) for one in self.held_out] if by_all else []
+        annotators = {i: self.labelers[i].rank(judgements, self.rng, self.noise, self.tie) for i in every}
+        held_out = [one.rank(judgements, self.rng, self.noise, self.tie) for one in self.held_out] if by_all else []
         return {
             "prompt": prompt["prompt"],
             "responses": [text for text, _ in answers],

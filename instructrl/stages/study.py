@@ -52,12 +52,16 @@ class Study:
             return model
         return load_policy(self.inputs[name] / "model", self.recipe)
 
+    def asked(self) -> int:
+        """How many models are done."""
+        return len(list((self.folder / "checkpoints").glob("*.json")))
+
     def ask(self, name: str) -> None:
         """Sample a model's answers at each temperature, and test what it knows; or read that from the disk."""
         done = self.folder / "checkpoints" / f"{name}.json"
         if not done.exists():
             found = self._ask_prompted() if name == "gpt_prompted" else self._ask(name)
-            done.parent.mkdir(exist_ok=True)
+            done.parent.mkdir(parents=True, exist_ok=True)
             half = done.with_suffix(".tmp")
             half.write_text(json.dumps(found))
             half.rename(done)
