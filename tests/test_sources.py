@@ -263,6 +263,7 @@ def test_wrong_demonstrations(tmp_path, row, problem):
         ({"responses": "x, y"}, "responses is a string, but must be a list"),
         ({"responses": ["x"], "ranks": [1]}, "a ranking needs two responses or more, but there is 1"),
         ({"responses": ["x", ""]}, "response 2 is empty"),
+        ({"responses": ["x", "x"]}, "all responses are the same"),
         ({"responses": ["x", 7]}, "response 2 is the number 7, but must be a string"),
         ({"annotators": [[1, 2, 3]]}, "annotators entry 1 has 3 entries"),
         ({"annotators": [3]}, "annotators must be a list of ranks for each annotator"),

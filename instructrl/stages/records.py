@@ -190,6 +190,8 @@ def _ranking(fields: _Fields, form: tuple[str, ...]) -> dict:
         ranks = [1, 2]
     if len(responses) < 2:
         raise Invalid(f"a ranking needs two responses or more, but there is {len(responses)}")
+    if len(set(responses)) == 1:
+        raise Invalid("all responses are the same")
     annotators = fields.list("annotators") if fields.values.get("annotators") or "annotators" in fields.columns else []
     return {
         "prompt": prompt,
