@@ -103,7 +103,7 @@ class Source(Section):
     """Keep so many characters of a prompt, in whole words: its beginning (200: an article to summarize), or its end
     (-200: a dialogue). Null: prompts that are too long are dropped."""
     skip_invalid: bool = False
-    """Drop and count rows that are wrong (an empty response, ranks that do not fit), instead of stopping at the first."""
+    """Drop and count rows that are wrong (an empty response, ranks that do not fit); false: stop at the first."""
 
     @model_validator(mode="after")
     def cut_leaves_something(self) -> "Source":
@@ -139,7 +139,9 @@ class Data(Section):
     @model_validator(mode="after")
     def one_origin(self) -> "Data":
         if self.world and (self.demonstrations or self.rankings or self.prompts or self.text):
-            raise ValueError("data.world and data sources exclude each other; set data.world: null to use your own files")
+            raise ValueError(
+                "data.world and data sources exclude each other; set data.world: null to use your own files"
+            )
         if self.valid_ranking_share + self.judge_ranking_share >= 1:
             raise ValueError("data.valid_ranking_share + data.judge_ranking_share must stay below 1")
         return self
@@ -227,7 +229,7 @@ class PPO(Section):
     """Clipped PPO against the reward model with a per-token KL penalty from SFT. Paper eq. 2, App. C.4."""
 
     learning_rate: PositiveFloat = 5e-6
-    """The policy's. Our choice within the paper's sweep of 2.55e-6 to 2.55e-5; without ptx all above 8.05e-6 diverged."""
+    """The policy's. Our choice in the paper's sweep, 2.55e-6 to 2.55e-5; without ptx all above 8.05e-6 diverged."""
     critic_learning_rate: PositiveFloat = 9e-6
     """The value function's (App. C.4)."""
     warmup_iterations: NonNegativeInt = 10
@@ -272,7 +274,9 @@ class PPO(Section):
     @model_validator(mode="after")
     def minibatches_divide(self) -> "PPO":
         if self.batch_size % self.num_mini_batches:
-            raise ValueError(f"batch_size={self.batch_size} is not a multiple of num_mini_batches={self.num_mini_batches}")
+            raise ValueError(
+                f"batch_size={self.batch_size} is not a multiple of num_mini_batches={self.num_mini_batches}"
+            )
         if self.total_episodes < self.batch_size:
             raise ValueError(f"total_episodes={self.total_episodes} is less than one batch_size={self.batch_size}")
         return self
@@ -293,7 +297,8 @@ class Eval(Section):
     """Tokens an answer may have."""
     prompted_templates: tuple[str, ...] = ()
     """Few-shot prefixes for GPT (prompted), each with `{prompt}`; of several, the one whose answers have the highest
-    reward on validation prompts is used (App. C.5). Empty: the world's, or a plain question-and-answer frame."""
+    reward on validation prompts is used (App. C.5). Empty: the world's; on your own data a plain
+    question-and-answer frame, and one with three short demonstrations."""
     prompted_stop: str = "\n"
     """GPT (prompted) stops here."""
     bootstrap_samples: PositiveInt = 2_000
@@ -349,7 +354,9 @@ class Recipe(Section):
         if self.eval.judge == "labels" and not self.eval.labels:
             raise ValueError("eval.judge=labels needs eval.labels: a file with the labels")
         if self.eval.judge == "reward_model" and self.data.world:
-            raise ValueError("eval.judge=reward_model needs rankings in data; in the built-in world use eval.judge=gold")
+            raise ValueError(
+                "eval.judge=reward_model needs rankings in data; in the built-in world use eval.judge=gold"
+            )
         if self.ppo_ptx.ptx_coef and not (self.data.world or self.data.text):
             raise ValueError("ppo_ptx needs pretraining text: set data.text, or ppo_ptx.ptx_coef=0")
         if self.model.path is None and not (self.data.world or self.data.text):
