@@ -41,9 +41,9 @@ class ActorCritic(nn.Module):
         logprobs = rollout.response_logprobs(self.policy, input_ids, predicts, temperature, self.pad_token_id)
         return logprobs, rollout.token_scores(self.critic, input_ids, predicts) if values else None
 
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        for model in (self.policy, self.critic):
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs)
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        self.policy.activation_checkpointing_enable(**options)
+        self.critic.activation_checkpointing_enable(**options)
 
 
 class RolloutBoundary(TrainerCallback):

@@ -1,0 +1,122 @@
+"""The stages ppo and ppo_ptx, from artifacts on disk to artifacts on disk."""
+
+import json
+import os
+import random
+import signal
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+from instructrl.config import PPO, Data, Eval, Model, Recipe, Runtime, World
+from instructrl.errors import UserError
+from instructrl.stages import models, ppo
+from instructrl.stages.pretrain import make_tokenizer
+from instructrl.stages.tables import PROMPTS, TEXT, write_table
+from instructrl.stages.template import Template
+from instructrl.trainers.ppo import PPOTrainer
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "the", "dog", "ran", "to", "me"]
+SECTION = {"total_episodes": 48, "batch_size": 16, "num_mini_batches": 2, "response_length": 8, "learning_rate": 1e-3}
+
+
+def recipe(**changes):
+    return Recipe(
+        data=Data(world=World()),
+        eval=Eval(judge="gold"),
+        model=Model(path=None),
+        ppo=PPO(**SECTION | changes),
+        ppo_ptx=PPO(**SECTION | {"ptx_coef": 1.0, "ptx_ratio": 0.5, "ptx_max_length": 10} | changes),
+        runtime=Runtime(threads=1, device="cpu"),
+    )
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Artifacts of data, sft and reward_model with random models."""
+    folder, generator = tmp_path_factory.mktemp("artifacts"), random.Random(0)
+    text = [" ".join(generator.choices(WORDS, k=12)) for _ in range(40)]
+    template = Template(make_tokenizer(text, 300), "{prompt}\n")
+    special = {f"{name}_token_id": getattr(template.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=300, max_position_embeddings=64, tie_word_embeddings=True, **size, **special)
+    models.save(LlamaForCausalLM(config), template, folder / "sft" / "model")
+    reward_model = models.init_reward_model(folder / "sft" / "model", recipe())
+    reward_model.config.reward_bias = 0.25
+    models.save(reward_model, template, folder / "reward_model" / "model")
+    (folder / "data").mkdir()
+    prompts = [line[: generator.randint(5, 30)] for line in text] + [" ".join(text)]
+    write_table(folder / "data" / "prompts.train.parquet", [{"prompt": line} for line in prompts], PROMPTS)
+    write_table(folder / "data" / "text.train.parquet", [{"text": line} for line in text], TEXT)
+    return {name: folder / name for name in ("data", "sft", "reward_model")}
+
+
+@pytest.mark.parametrize("name", ["ppo", "ppo_ptx"])
+def test_the_stage_writes_a_policy_a_critic_and_its_numbers(inputs, tmp_path, name):
+    metrics = ppo.run(name, recipe(), inputs, tmp_path)
+    assert metrics["iterations"] == 3
+    assert metrics["optimizer_steps"] == 6
+    assert metrics["prompts"] == 40
+    assert metrics["dropped"] == 1
+    assert metrics["length"] <= 8
+    assert ("ptx_loss" in metrics) == (name == "ppo_ptx")
+    assert set(metrics["seconds"]) == {"rollout", "scoring", "update", "ptx"}
+    json.dumps(metrics, allow_nan=False)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["episode"] for line in lines] == [16, 32, 48]
+    assert lines[0]["objective/scores"] == metrics["initial_score"]
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    critic = AutoModelForSequenceClassification.from_pretrained(tmp_path / "critic")
+    before = AutoModelForCausalLM.from_pretrained(inputs["sft"] / "model")
+    assert not torch.equal(policy.lm_head.weight, before.lm_head.weight)
+    assert critic.config.num_labels == 1
+    assert Template.load(tmp_path / "model").template == "{prompt}\n"
+    assert json.loads((tmp_path / "progress.json").read_text())["step"] == 6
+
+
+def test_a_stage_that_was_told_to_stop_goes_on_where_it_was(inputs, tmp_path, monkeypatch):
+    """SIGTERM in the middle of an iteration: it stops at the end of it, and the result is that of one run."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    ppo.run("ppo_ptx", recipe(), inputs, whole)
+    step = PPOTrainer.training_step
+
+    def terminated(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PPOTrainer, "training_step", terminated)
+        with pytest.raises(SystemExit) as stopped:
+            ppo.run("ppo_ptx", recipe(), inputs, parts)
+    assert stopped.value.code == 75
+    assert [path.name for path in (parts / "checkpoints").iterdir()] == ["checkpoint-4"]
+    metrics = ppo.run("ppo_ptx", recipe(), inputs, parts)
+    assert metrics["iterations"] == 3  # the log of the first part counts
+    for file in ("model/model.safetensors", "critic/model.safetensors"):
+        assert (whole / file).read_bytes() == (parts / file).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["ppo", "ppo_ptx"])
+def test_no_prompt_short_enough_is_one_sentence(inputs, tmp_path, name):
+    with pytest.raises(
+        UserError, match=rf"{name} has no prompt left: all 41 have more than 2 tokens.*response_length=62"
+    ):
+        ppo.run(name, recipe(response_length=62), inputs, tmp_path)
+
+
+def test_no_pretraining_text_is_one_sentence(inputs, tmp_path):
+    write_table(tmp_path / "text.train.parquet", [], TEXT)
+    section = recipe().ppo_ptx
+    with pytest.raises(UserError, match=r"ppo_ptx has no pretraining text: set data\.text, or ppo_ptx.ptx_coef=0"):
+        ppo.read_documents("ppo_ptx", section, tmp_path, Template.load(inputs["sft"] / "model"))
+
+
+def test_documents_are_cut(inputs):
+    template = Template.load(inputs["sft"] / "model")
+    documents = ppo.read_documents("ppo_ptx", recipe().ppo_ptx, inputs["data"], template)
+    assert max(len(row["input_ids"]) for row in documents) == 10
