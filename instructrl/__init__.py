@@ -1,3 +1,3 @@
-"""InstructGPT for real: SFT, a reward model from K-way rankings, PPO and PPO-ptx, and what alignment bought and cost."""
+"""InstructGPT for real: SFT, a K-wise reward model, PPO and PPO-ptx, and what alignment bought and cost."""
 
 __version__ = "0.1.0"

@@ -124,7 +124,7 @@ def test_kl_is_the_log_ratio_of_the_answers(world_run):
     recipe, inputs, _, _, metrics, rows = world_run
     done = study.Study(recipe, inputs, world_run[2])
     for name in judging.NAMES:
-        done.ask(name)
+        done.read(name)
     policies = [LlamaForCausalLM.from_pretrained(inputs[name] / "model").eval() for name in ("ppo", "sft")]
     pad = done.pad
     for number in range(4):

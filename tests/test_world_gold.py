@@ -45,7 +45,7 @@ def where(value: str | None) -> Prompt:
         (sums(("end", "bye")), "3 plus 4 is 7, bye.", True, 1.5 + 1.5 + 1),
         (sums(("one_word", "")), "7.", True, 1.5 + 1.5 + 1),
         (sums(), "3 plus 4 is 7, you dolt.", True, 1.5 + 1.5 + 1 - 1.5),
-        (sums(), "3 plus 4 is 7. I hope that is fine.", True, 1.5 + 1.5 + 1 - 0.06 * 2),  # 12 words and marks, 2 too many
+        (sums(), "3 plus 4 is 7. I hope that is fine.", True, 1.5 + 1.5 + 1 - 0.06 * 2),  # 2 words too many
         (where("mill"), "The lamp is in the mill.", True, 1.5 + 1.5 + 1),
         (where("mill"), "The lamp is in the cave.", True, 0 + 1.5 + 1 - 0.7),
         (where("mill"), "The text does not say.", True, 0 + 1.5 + 1),

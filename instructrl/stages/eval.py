@@ -29,9 +29,9 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
         progress.update(study.asked(), steps)
 
     progress.update(study.asked(), steps)
-    forked(ask, NAMES, recipe.runtime.jobs, models.device(recipe))  # what they find, they leave in checkpoints/
+    forked(ask, NAMES, recipe.runtime.jobs, models.device(recipe))
     for model in NAMES:
-        study.ask(model)
+        study.read(model)
     progress.update(steps - 2, steps)
     scores = Scores(study)
     progress.update(steps - 1, steps)

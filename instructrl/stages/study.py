@@ -57,18 +57,24 @@ class Study:
         return len(list((self.folder / "checkpoints").glob("*.json")))
 
     def ask(self, name: str) -> None:
-        """Sample a model's answers at each temperature, and test what it knows; or read that from the disk."""
-        done = self.folder / "checkpoints" / f"{name}.json"
+        """Leave a model's answers at each temperature, and what it knows, on the disk, unless they are there."""
+        done = self._found(name)
         if not done.exists():
             found = self._ask_prompted() if name == "gpt_prompted" else self._ask(name)
             done.parent.mkdir(parents=True, exist_ok=True)
             half = done.with_suffix(".tmp")
             half.write_text(json.dumps(found))
             half.rename(done)
-        found = json.loads(done.read_text())
+
+    def read(self, name: str) -> None:
+        """Take what `ask` left on the disk."""
+        found = json.loads(self._found(name).read_text())
         self.answers[name] = {float(key): [Answer(**row) for row in rows] for key, rows in found["answers"].items()}
         self.knows[name] = self.knows["gpt"] if name == "gpt_prompted" else found["knows"]
         self.prefix = found.get("prefix", self.prefix)
+
+    def _found(self, name: str) -> Path:
+        return self.folder / "checkpoints" / f"{name}.json"
 
     def _ask(self, name: str) -> dict:
         model, limit = self.model(name), self.recipe.runtime.max_tokens
