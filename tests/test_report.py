@@ -34,6 +34,13 @@ def test_reward_model_claims():
     assert [c["verdict"] for c in claims.reward_model(low, None, None)] == [claims.HOLDS]
 
 
+def test_the_verdicts_in_a_sentence():
+    holds, fails = {"verdict": claims.HOLDS}, {"verdict": claims.UNDECIDED}
+    assert report.verdicts([holds, holds]) == "All 2 of the paper's claims that were checked hold."
+    assert report.verdicts([holds, fails]).startswith("1 of 2 claims do not hold or are undecided")
+    assert "Too few" in report.verdicts([])
+
+
 def gap(low, high):
     return Interval((low + high) / 2, low, high)
 

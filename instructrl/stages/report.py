@@ -36,15 +36,16 @@ def versions() -> dict[str, str]:
 
 
 def headline(metrics: dict) -> dict:
-    """The numbers for the manifest and `show eval`."""
-    numbers: dict = {}
-    for name, found in metrics["models"].items():
-        for key in ("win_rate", "kl", "length", "reward", "tasks_average", "text_loss_all"):
-            if found[key] is not None:
-                numbers[f"{name}/{key}"] = [round(part, 4) for part in found[key]]
-    verdicts = [checked["verdict"] for checked in metrics["claims"]]
-    counts = {f"claims that {verdict}": verdicts.count(verdict) for verdict in (HOLDS, FAILS)}
-    return numbers | counts | {"claims undecided": verdicts.count(UNDECIDED), "table": metrics["table"]}
+    """The numbers for the manifest and `show eval`: win rates and verdicts first, intervals after."""
+    models = metrics["models"]
+    rates = {f"{name}_win_rate": found["win_rate"] for name, found in models.items() if name != BASELINE}
+    found = [checked["verdict"] for checked in metrics["claims"]]
+    numbers: dict = {name: round(rate[0], 4) for name, rate in reversed(rates.items()) if rate}
+    numbers |= {f"claims_{name}": found.count(verdict) for name, verdict in (("hold", HOLDS), ("fail", FAILS))}
+    numbers["claims_undecided"] = found.count(UNDECIDED)
+    for key in ("win_rate", "kl", "length", "reward", "tasks_average", "text_loss_all"):
+        numbers[key] = {name: [round(x, 4) for x in model[key]] for name, model in models.items() if model[key]}
+    return numbers
 
 
 def table(metrics: dict) -> dict:
@@ -68,17 +69,22 @@ def table(metrics: dict) -> dict:
         f"Judge: {metrics['judge_description']}.{kept} {metrics['prompts']} held-out prompts, temperature "
         f"{metrics['temperature']:g}; brackets are 95 % intervals over prompts.",
     ]
-    failed = [checked["claim"] for checked in metrics["claims"] if checked["verdict"] != HOLDS]
-    notes.append(
-        "All of the paper's claims that were checked hold."
-        if not failed
-        else f"{len(failed)} of {len(metrics['claims'])} claims do not hold or are undecided; report.md lists them."
-    )
+    notes.append(verdicts(metrics["claims"]))
     return {
         "columns": [names[index] for index in used],
         "rows": [[row[index] for index in used] for row in rows],
         "notes": notes,
     }
+
+
+def verdicts(checked: list[dict]) -> str:
+    """How many of the paper's claims hold, in a sentence."""
+    failed = sum(one["verdict"] != HOLDS for one in checked)
+    if not checked:
+        return "Too few prompts to check the paper's claims."
+    if not failed:
+        return f"All {len(checked)} of the paper's claims that were checked hold."
+    return f"{failed} of {len(checked)} claims do not hold or are undecided; report.md lists them."
 
 
 def number(interval: Sequence[float] | None, digits: int) -> str:
@@ -112,7 +118,7 @@ def markdown(metrics: dict, shown: list[dict]) -> str:
         grid(metrics["table"]["columns"], metrics["table"]["rows"], escaped=True),
         win_rate_notes(metrics),
         "## The paper's claims on this run",
-        claim_table(metrics["claims"]),
+        claim_table(metrics["claims"]) if metrics["claims"] else verdicts([]),
         "A claim holds if its 95 % interval is on the claimed side of the border, does not hold if it is on the other, "
         "and is undecided in between. One run with one seed: another seed may move what is close.",
         *gold_section(metrics),
