@@ -119,8 +119,11 @@ def check_trainer(kind: type[TrainingArguments], recipe: Recipe, section: str) -
     for name, value in getattr(recipe, section).trainer.items():
         key = f"{section}.trainer.{name}"
         if name not in fields:
-            close = difflib.get_close_matches(name, sorted(fields - OWNED.keys()), n=1)
-            meant = f" Did you mean {section}.trainer.{close[0]}?" if close else ""
+            close = difflib.get_close_matches(name, sorted(fields), n=1)
+            right = f"{section}.trainer.{close[0]}" if close else ""
+            if close and close[0] in OWNED:
+                right = OWNED[close[0]].format(section=section)
+            meant = f" Did you mean {right}?" if right else ""
             raise UserError(f"{key}: TRL's {kind.__name__} has no field '{name}'.{meant}")
         if name in OWNED:
             raise UserError(f"{key} is set by {OWNED[name].format(section=section)}; leave it out here.")
