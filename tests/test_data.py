@@ -72,6 +72,15 @@ def test_prompts_of_their_own(tmp_path):
     assert {row["category"] for row in tables["prompts.train"]} == {"qa"}
 
 
+def test_the_first_prompts_of_eval_are_a_sample_of_all_sources(tmp_path):
+    rankings = [
+        {"prompt": f"Question {n}", "chosen": "x", "rejected": "y", "source": str(n // 300)} for n in range(900)
+    ]
+    data = user_data(tmp_path, rankings=(jsonl(tmp_path / "many.jsonl", rankings),))
+    first = [row["source"] for row in read(data)["prompts.eval"][:45]]
+    assert all(first.count(source) >= 5 for source in "012")
+
+
 def test_splits_do_not_depend_on_the_order_of_rows_but_on_the_seed(tmp_path):
     before = read(user_data(tmp_path))
     data = user_data(tmp_path)

@@ -176,7 +176,9 @@ def split_rows(rows: dict[str, list[dict]], data: Data, seed: int) -> tuple[dict
     known = {normalized(row["prompt"]) for table in trained_on for row in table}
     held_out = len(prompts["valid"]) + len(prompts["eval"])
     for name in ("valid", "eval"):
-        prompts[name] = [row for row in prompts[name] if normalized(row["prompt"]) not in known]
+        kept = [row for row in prompts[name] if normalized(row["prompt"]) not in known]
+        # By hash, so that the first so many (eval.num_prompts) are a sample of all sources.
+        prompts[name] = sorted(kept, key=lambda row: place(normalized(row["prompt"]), f"{seed} order"))
     dropped = held_out - len(prompts["valid"]) - len(prompts["eval"])
     text = _split(rows["text"], "text", {"valid": valid}, seed)
     tables = {"demonstrations": demonstrations, "rankings": rankings, "prompts": prompts, "text": text}
