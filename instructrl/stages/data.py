@@ -51,7 +51,7 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
         UserError: a source cannot be read, a row is wrong, or nothing is left for a table that a stage needs.
     """
     if recipe.data.world:
-        tables, card = world_tables(recipe.data.world, recipe.seed), {}
+        tables, card = world_tables(recipe.data.world, recipe.seed, recipe.data.valid_share), {}
     else:
         tables, card = read_data(recipe.data, recipe.seed, Progress(folder))
     counts = {}
@@ -63,9 +63,9 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
     return {table.replace(".", "_"): count for table, count in counts.items()} | {"dropped": dropped}
 
 
-def world_tables(world: World, seed: int) -> dict[str, list[dict]]:
+def world_tables(world: World, seed: int, valid_share: float) -> dict[str, list[dict]]:
     """The built-in world's tables by name. `prompts.rank` and `.rank_valid` are for `label` to rank."""
-    made = world_data(world, seed)
+    made = world_data(world, seed, valid_share)
     tables: dict[str, list[dict]] = {"tasks": made.tasks}
     for part, answered in made.demonstrations.items():
         rows = [{"prompt": prompt.text, "response": answer, "spec": prompt.to_json()} for prompt, answer in answered]
