@@ -122,15 +122,18 @@ class Data(Section):
     rankings: tuple[Source, ...] = ()
     """{prompt, responses[K], ranks[K]}, rank 1 is best, equal ranks are ties; or {prompt, chosen, rejected}."""
     prompts: tuple[Source, ...] = ()
-    """{prompt}, for PPO and evaluation; empty: the prompts of the rankings that train the reward model."""
+    """{prompt}, for PPO and evaluation; empty: PPO takes the prompts of the rankings that train the reward model,
+    evaluation those of the rankings held out to measure it."""
     text: tuple[Source, ...] = ()
     """{text}, pretraining text for `pretrain` and for PPO-ptx; a .txt file is split at blank lines."""
     valid_share: Share = 0.1
     """Share of demonstrations, prompts and text held out. Our choice; the paper's is 11 % of the SFT set (Table 6)."""
     valid_ranking_share: Share = 0.2
-    """Share of ranked prompts held out to measure the reward model; paper: 35 % (Table 6)."""
+    """Share of ranked prompts held out to measure the reward model; paper: 35 % (Table 6). Demonstrations and PPO
+    prompts with the same text are dropped and counted."""
     judge_ranking_share: Share = 0.3
-    """Share of ranked prompts that train the judge and nothing else (`eval.judge: reward_model`). Our choice."""
+    """Share of ranked prompts that train the judge and nothing else (`eval.judge: reward_model`): demonstrations and
+    PPO prompts with the same text are dropped and counted. Our choice."""
     max_prompt_tokens: PositiveInt = 1024
     """Longer prompts are dropped and counted (App. C: 1k)."""
     max_response_tokens: PositiveInt = 1024
@@ -282,6 +285,13 @@ class PPO(Section):
         return self
 
 
+class PPOPtx(PPO):
+    """PPO with the pretraining gradient of eq. 2: the same keys, and gamma is the paper's (App. C.4)."""
+
+    ptx_coef: NonNegativeFloat = 27.8
+    """gamma in eq. 2; 0 would be plain PPO."""
+
+
 class Eval(Section):
     """Samples and win rates of all five models, and what alignment cost. Paper section 4."""
 
@@ -343,7 +353,7 @@ class Recipe(Section):
     label: Label = Label()
     reward_model: RewardModel = RewardModel()
     ppo: PPO = PPO()
-    ppo_ptx: PPO = PPO(ptx_coef=27.8)
+    ppo_ptx: PPOPtx = PPOPtx()
     eval: Eval = Eval()
     runtime: Runtime = Runtime()
 

@@ -300,3 +300,9 @@ def test_numbers_are_read_as_numbers(here: Path) -> None:
 
 def test_schema_needs_no_file(here: Path) -> None:
     assert Recipe.model_validate(yaml.safe_load(BASE)) == load_recipe(["recipe=base.yaml", "name=unnamed"])
+
+
+def test_a_part_of_ppo_ptx_leaves_gamma_at_the_papers(here: Path) -> None:
+    assert load_recipe(["recipe=base.yaml"]).ppo_ptx.ptx_coef == 27.8
+    assert load_recipe(["recipe=base.yaml", "ppo_ptx.kl_coef=0.1"]).ppo_ptx.ptx_coef == 27.8
+    assert load_recipe(["recipe=base.yaml", "ppo.kl_coef=0.1"]).ppo.ptx_coef == 0

@@ -308,3 +308,11 @@ def test_tasks_have_exactly_one_right_answer(world):
             feeling = "sad" if "lost" in said else "happy"
             fits = [c for c in choices if set(split(c)) & said >= {split(right)[1]} and feeling in split(c)]
             assert [c for c in fits if split(c)[-2] in said and split(c)[-3] == "the"] == [right]
+
+
+def test_no_page_of_the_pretraining_text_asks_a_held_out_question(world):
+    lines = {line for _, text in world.documents(2000, random.Random(3)) for line in text.splitlines()}
+    asked = [prompt.question for prompt in world.prompts(400, random.Random(4), of="eval")]
+    assert not any(line.endswith(question) for line in lines for question in set(asked))
+    learnt = {prompt.question for prompt in world.prompts(400, random.Random(4), of="train")}
+    assert any(line.endswith(question) for line in lines for question in learnt)  # the pages do ask

@@ -64,7 +64,7 @@ def trainer_arguments(kind: type[TrainingArguments], recipe: Recipe, section: st
     share = settings.batch_size // processes
     micro = largest_divisor(share, runtime.micro_batch_size)
     defaults = {"weight_decay": 0.0, "max_grad_norm": 1.0, "bf16": False, "report_to": []}
-    return kind(
+    found = kind(
         output_dir=str(folder),
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
@@ -88,6 +88,8 @@ def trainer_arguments(kind: type[TrainingArguments], recipe: Recipe, section: st
         dataloader_pin_memory=device(recipe).type == "cuda",
         **defaults | settings.trainer,
     )
+    found._n_gpu = min(found.n_gpu, 1)  # DataParallel would multiply the recipe's batch by the GPUs it sees
+    return found
 
 
 def optimizer(model: PreTrainedModel, settings: SFT | RewardModel) -> MuonAdamW | None:

@@ -1,7 +1,8 @@
 """The paper's claims, checked on one run: each with its number, its interval and a verdict.
 
 A claim holds if its whole 95 % interval is on the claimed side, does not hold if the whole interval is on the other,
-and is undecided if the interval contains the border. Nothing is corrected for the number of claims.
+and is undecided if the interval contains the border. Nothing is corrected for the number of claims,
+nor, where a claim is about some task, for the number of tasks.
 """
 
 from collections.abc import Sequence

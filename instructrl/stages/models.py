@@ -73,11 +73,12 @@ def init_reward_model(path: Path | str, recipe: Recipe) -> PreTrainedModel:
 
 
 def ensure_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give both a pad token that is not EOS: with pad = EOS the reward model would read the token before EOS.
+    """Give both a pad token of its own: with pad = EOS the reward model would read the token before EOS, and with
+    pad = UNK a text with an unknown character would have probability 0, as pad has.
 
     Adds `<|pad|>` and its row in the embedding if needed. Called in `sft` only; every later stage inherits it.
     """
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id, tokenizer.unk_token_id):
         tokenizer.add_special_tokens({"pad_token": PAD})
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))

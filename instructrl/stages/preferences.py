@@ -46,10 +46,11 @@ def share(tallies: Sequence[Tally]) -> Interval | None:
 
 
 def between(one: Sequence[int], other: Sequence[int]) -> Tally:
-    """How two people agree on the pairs that neither ties."""
-    both = set(pairs(one)) & set(pairs(other))
-    against = set(pairs(one)) & {(j, i) for i, j in pairs(other)}
-    return float(len(both)), len(both) + len(against)
+    """How two people agree: each one's pairs by the other's ranks, where a tie counts half, as a score's tie does.
+
+    So it is measured on the same pairs as a reward model's accuracy, those that one labeler does not tie.
+    """
+    return add([tally([-rank for rank in other], one), tally([-rank for rank in one], other)])
 
 
 def agreement(rows: Iterable[dict]) -> Interval | None:

@@ -77,7 +77,7 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
 
 def arguments(recipe: Recipe, checkpoints: Path) -> TrainingArguments:
     """One row of `Batches` a step; warm-up, then cosine."""
-    return TrainingArguments(
+    found = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=recipe.pretrain.steps,
         per_device_train_batch_size=1,
@@ -96,6 +96,8 @@ def arguments(recipe: Recipe, checkpoints: Path) -> TrainingArguments:
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
+    found._n_gpu = min(found.n_gpu, 1)  # DataParallel would split a batch that is one row
+    return found
 
 
 def make_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 from datasets import Dataset, disable_progress_bars
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 from trl import RewardConfig
 
 from instructrl.config import Recipe
@@ -21,6 +21,7 @@ from instructrl.stages.template import Limits, Template
 from instructrl.stages.winrate import Interval
 from instructrl.trainers.ranking import KWiseRewardTrainer, has_pair, score
 
+JUDGE_SEED = 1_000_003  # added to the recipe's seed
 BIAS_DEMONSTRATIONS = 1_000  # enough for their mean score
 
 
@@ -36,6 +37,9 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
     disable_progress_bars()
     sft = inputs["sft"] / "model"
     template = Template.load(sft)
+    # The judge is another model: with the same head and order it would share the reward model's errors.
+    seed = recipe.seed + JUDGE_SEED if name == "judge" else recipe.seed
+    set_seed(seed)
     model = models.init_reward_model(sft, recipe)
     limits, dropped, unmeasured = Limits.of(recipe, model), Counter(), Counter()
     source = inputs.get("label", inputs["data"])
@@ -46,9 +50,11 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
         what, why = ("train on", dropped) if not rows else ("measure it with", unmeasured)
         raise UserError(f"{name} has no ranking with an untied pair left to {what}; dropped: {counted(why)}.")
 
+    arguments = trainer_arguments(RewardConfig, recipe, "reward_model", folder / FOLDER)
+    arguments.seed = seed
     trainer = KWiseRewardTrainer(
         model=model,
-        args=trainer_arguments(RewardConfig, recipe, "reward_model", folder / FOLDER),
+        args=arguments,
         train_dataset=Dataset.from_list([{key: row[key] for key in ("completion_ids", "ranks")} for row in rows]),
         processing_class=template.tokenizer,
         optimizers=(optimizer(model, recipe.reward_model), None),

@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -29,7 +30,7 @@ class Template:
     tokenizer: PreTrainedTokenizerBase
     template: str = "{prompt}\n\n"
 
-    @property
+    @cached_property
     def bos(self) -> list[int]:
         """[BOS], or [] for a model that was not trained with one."""
         bos = self.tokenizer.bos_token_id

@@ -20,8 +20,8 @@ class WorldData:
     """Everything generated from one recipe's `data.world`.
 
     No question of a `valid` or `eval` prompt occurs in training: not as a prompt of `demonstrations`, `rank` or
-    `train`, whatever stands before it, and not in their shots (`prompts.part`). Pretraining text is the open web:
-    its pages ask everything, held-out questions, too, and answer well or badly; held-out documents are never in it.
+    `train`, whatever stands before it, not in their shots, and on no page of the pretraining text (`prompts.part`).
+    Held-out documents are never in that text.
     """
 
     demonstrations: dict[str, list[tuple[Prompt, str]]]

@@ -2,6 +2,7 @@
 
 What each kind teaches: `songs` repeat a random line (copying), `sheet` lists questions without answers (so that a raw
 language model goes on asking), `qa` answers them well or badly (so that a prompted one answers, but not always well).
+They ask only questions of the train part: what is asked in validation and evaluation is asked nowhere else.
 """
 
 import random
@@ -97,7 +98,7 @@ def song(lexicon: Lexicon, rng: random.Random) -> str:
 def sheet(lexicon: Lexicon, rng: random.Random) -> str:
     if rng.random() < ANSWERED_SHEETS:
         return page(lexicon, rng, rng.choice((1, 2)), "{question}\n{answer}")
-    return "\n".join(draw(lexicon, rng, few_shot=False).text for _ in range(rng.choice((2, 3, 4))))
+    return "\n".join(draw(lexicon, rng, of="train", few_shot=False).text for _ in range(rng.choice((2, 3, 4))))
 
 
 def qa(lexicon: Lexicon, rng: random.Random) -> str:
@@ -108,7 +109,7 @@ def page(lexicon: Lexicon, rng: random.Random, count: int, form: str) -> str:
     """Questions, each with an answer of the web's quality."""
     lines = []
     for _ in range(count):
-        prompt = draw(lexicon, rng, few_shot=False)
+        prompt = draw(lexicon, rng, of="train", few_shot=False)
         answer = web_answer(lexicon, prompt, rng)
         lines.append(form.format(question=prompt.text, answer=answer))
     return "\n".join(lines)
