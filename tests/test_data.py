@@ -49,6 +49,9 @@ def check_no_leak(tables):
     for name in ("demonstrations", "rankings", "prompts"):
         parts = [prompts(rows) for table, rows in tables.items() if table.startswith(name)]
         assert sum(map(len, parts)) == len(set.union(*parts))
+    reserved = prompts(tables["rankings.judge"]) | prompts(tables["rankings.valid"])
+    for table in ("demonstrations.train", "demonstrations.valid", "rankings.train", "prompts.train"):
+        assert not reserved & prompts(tables[table]), table
     held_out = prompts(tables["prompts.eval"]) | prompts(tables["prompts.valid"])
     for table in ("demonstrations.train", "rankings.train", "rankings.judge", "prompts.train"):
         assert not held_out & prompts(tables[table]), table
@@ -67,7 +70,7 @@ def test_prompts_of_their_own(tmp_path):
     own = [{"prompt": f"Question {n}", "category": "qa"} for n in range(200)] * 2
     tables = read(user_data(tmp_path, prompts=(jsonl(tmp_path / "p.jsonl", own),)))
     check_no_leak(tables)
-    assert len(tables["prompts.train"]) > 150
+    assert len(tables["prompts.train"]) > 100
     assert tables["prompts.eval"]
     assert {row["category"] for row in tables["prompts.train"]} == {"qa"}
 
@@ -147,6 +150,36 @@ def test_no_prompt_left_for_eval(tmp_path):
         read(data)
 
 
+def everything_of_everything(folder, count):
+    """Each prompt is a demonstration, a ranking and a PPO prompt."""
+    rows = [{"prompt": f"Question {n}", "response": "a", "chosen": "x", "rejected": "y"} for n in range(count)]
+    source = (jsonl(folder / "all.jsonl", rows),)
+    return {"demonstrations": source, "rankings": source, "prompts": source}
+
+
+def test_prompts_of_held_out_rankings_train_no_policy(tmp_path):
+    tables, card = stage.read_data(Data(**everything_of_everything(tmp_path, 400)), 0)
+    check_no_leak(tables)
+    counts = {table: len(rows) for table, rows in tables.items()}
+    held_out = counts["rankings.valid"] + counts["rankings.judge"]
+    assert held_out > 150
+    assert card[stage.HELD_OUT]["demonstrations"] == held_out
+    assert counts["demonstrations.train"] + counts["demonstrations.valid"] == counts["rankings.train"] == 400 - held_out
+    assert counts["demonstrations.valid"] > 8  # not emptied by the hash that the rankings share
+    everyone = counts["prompts.train"] + counts["prompts.eval"] + counts["prompts.valid"]
+    assert everyone + card[stage.HELD_OUT]["prompts.train"] == 400
+    assert counts["prompts.eval"] > 20
+
+
+@pytest.mark.parametrize(("kind", "column"), [("demonstrations", "response"), ("prompts", "category")])
+def test_nothing_left_to_train_on(tmp_path, kind, column):
+    data = everything_of_everything(tmp_path, 40)
+    reserved = read(data)["rankings.judge"]
+    rows = [{"prompt": row["prompt"], column: "a"} for row in reserved]
+    with pytest.raises(UserError, match=rf"data\.{kind}: nothing is left to train on: every prompt is also that of"):
+        read(data | {kind: (jsonl(tmp_path / "few.jsonl", rows),)})
+
+
 def test_blank_text_rows_are_dropped_and_counted(tmp_path):
     source = Source(**jsonl(tmp_path / "t.jsonl", [{"text": ""}, {"text": "One."}, {"text": " \n"}]))
     rows, reading = stage.read_source(source, "text", "data.text[0]")
@@ -163,7 +196,10 @@ def test_the_stage_writes_every_table_and_says_what_it_dropped(tmp_path):
         assert len(read_table(folder / f"{table}.parquet")) == count == metrics[table.replace(".", "_")]
     readings = card["sources"]
     kept = sum(readings[f"data.{kind}[0]"]["kept"] for kind in ("demonstrations", "rankings"))
-    assert kept == sum(
+    fallen = card[stage.HELD_OUT]
+    assert fallen["demonstrations"] > 0
+    assert metrics["dropped"] == sum(fallen.values()) + sum(sum(r["dropped"].values()) for r in readings.values())
+    assert kept == fallen["demonstrations"] + sum(
         count for table, count in card["rows"].items() if table.split(".")[0] in ("demonstrations", "rankings")
     )
     assert readings["data.text[0]"]["files"] == [str(tmp_path / "t.jsonl")]

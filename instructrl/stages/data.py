@@ -1,8 +1,12 @@
 """Demonstrations, rankings, prompts and text: from the built-in world, or read, checked and split from the user's own.
 
 Splits go by prompt, not by row. The hash of a prompt's text decides where it belongs, so the same prompt never crosses
-splits, and neither the order of the rows nor rows added later move it. Whitespace and case do not count: 'Hi there' and
-'hi  there' are one prompt. A prompt of `prompts.eval` is in no training set, of `judge` neither.
+splits, and the order of the rows does not move it. Whitespace and case do not count: 'Hi there' and 'hi  there' are one
+prompt. A prompt may be a demonstration, a ranking and one for PPO. Two rules keep what measures apart from what trains:
+
+- A prompt whose ranking trains the judge (`rankings.judge`) or measures the reward model (`rankings.valid`) is taken
+  out of the demonstrations and of `prompts.train`: no policy is trained on it.
+- A prompt of `prompts.eval` or `prompts.valid` is in no training set, the judge's included.
 """
 
 import hashlib
@@ -25,6 +29,9 @@ SCHEMAS = {"demonstrations": DEMONSTRATIONS, "rankings": RANKINGS, "prompts": PR
 EVAL_SHARE = 0.75
 """Of the held-out prompts, the share on which the models are compared (`prompts.eval`). On the others (`prompts.valid`)
 the prefix of GPT (prompted) is chosen. Our choice."""
+
+HELD_OUT = "dropped_as_prompts_of_rankings_valid_or_judge"
+"""In `card.json`: rows of `demonstrations` and of `prompts.train` that fell away for the first rule above."""
 
 
 @dataclass
@@ -60,6 +67,7 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
     card = {"rows": counts} | card
     (folder / "card.json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     dropped = sum(sum(reading["dropped"].values()) for reading in card.get("sources", {}).values())
+    dropped += sum(card.get(HELD_OUT, {}).values())
     return {table.replace(".", "_"): count for table, count in counts.items()} | {"dropped": dropped}
 
 
@@ -94,13 +102,24 @@ def read_data(data: Data, seed: int, progress: Progress | None = None) -> tuple[
             progress.update(number, len(listed))
     if rows["rankings"] == [] and data.rankings:
         raise UserError("data.rankings: nothing is left after dropping rankings whose responses are all tied")
-    tables, in_training = split_rows(rows, data, seed)
+    tables, in_training, held_out = split_rows(rows, data, seed)
+    for table, key in (("demonstrations", "data.demonstrations"), ("prompts.train", "data.prompts")):
+        if held_out[table] and not tables[table if "." in table else f"{table}.train"]:
+            raise UserError(
+                f"{key}: nothing is left to train on: every prompt is also that of a ranking held out for the judge or "
+                "to measure the reward model; add other prompts, or lower data.judge_ranking_share or "
+                "data.valid_ranking_share"
+            )
     if not tables["prompts.eval"]:
         raise UserError(
             "no prompt is left for eval: every held-out prompt is also a training prompt, or there are too few; "
             "add more data.prompts, or raise data.valid_share or data.valid_ranking_share"
         )
-    return tables, {"sources": card, "held_out_prompts_dropped_as_training_prompts": in_training}
+    return tables, {
+        "sources": card,
+        "held_out_prompts_dropped_as_training_prompts": in_training,
+        HELD_OUT: held_out,
+    }
 
 
 def read_source(source: Source, kind: str, key: str) -> tuple[list[dict], Reading]:
@@ -159,16 +178,26 @@ def short_name(path: str) -> str:
     return name
 
 
-def split_rows(rows: dict[str, list[dict]], data: Data, seed: int) -> tuple[dict[str, list[dict]], int]:
-    """Tables by name (`demonstrations.train`, ...), and how many held-out prompts fell away as training prompts."""
+def split_rows(rows: dict[str, list[dict]], data: Data, seed: int) -> tuple[dict[str, list[dict]], int, dict[str, int]]:
+    """Tables by name (`demonstrations.train`, ...), and what fell away.
+
+    First how many prompts of `prompts.valid` and `.eval`, as training prompts; then how many rows of `demonstrations`
+    and `prompts.train`, as prompts of `rankings.valid` or `.judge`.
+    """
     valid, judge = data.valid_share, data.judge_ranking_share
-    demonstrations = _split(rows["demonstrations"], "prompt", {"valid": valid}, seed)
     ranked_shares = {"valid": data.valid_ranking_share, "judge": judge}
     rankings = _split(rows["rankings"], "prompt", ranked_shares, seed)
+    reserved = {normalized(row["prompt"]) for part in ("valid", "judge") for row in rankings[part]}
+    shown = _without(rows["demonstrations"], reserved)
+    demonstrations = _split_demonstrations(shown, rankings["train"], valid, seed)
+    fallen = {"demonstrations": len(rows["demonstrations"]) - len(shown), "prompts.train": 0}
     trained_on = (demonstrations["train"], rankings["train"], rankings["judge"])
     if rows["prompts"]:
         shares = {"eval": valid * EVAL_SHARE, "valid": valid * (1 - EVAL_SHARE)}
         prompts = _split(_unique(rows["prompts"]), "prompt", shares, seed)
+        allowed = _without(prompts["train"], reserved)
+        fallen["prompts.train"] = len(prompts["train"]) - len(allowed)
+        prompts["train"] = allowed
         trained_on += (prompts["train"],)
     else:
         prompts = _split(_unique(rankings["valid"]), "prompt", {"valid": 1 - EVAL_SHARE}, f"{seed} prompts")
@@ -176,13 +205,34 @@ def split_rows(rows: dict[str, list[dict]], data: Data, seed: int) -> tuple[dict
     known = {normalized(row["prompt"]) for table in trained_on for row in table}
     held_out = len(prompts["valid"]) + len(prompts["eval"])
     for name in ("valid", "eval"):
-        kept = [row for row in prompts[name] if normalized(row["prompt"]) not in known]
+        kept = _without(prompts[name], known)
         # By hash, so that the first so many (eval.num_prompts) are a sample of all sources.
         prompts[name] = sorted(kept, key=lambda row: place(normalized(row["prompt"]), f"{seed} order"))
     dropped = held_out - len(prompts["valid"]) - len(prompts["eval"])
     text = _split(rows["text"], "text", {"valid": valid}, seed)
     tables = {"demonstrations": demonstrations, "rankings": rankings, "prompts": prompts, "text": text}
-    return {f"{table}.{part}": found for table, parts in tables.items() for part, found in parts.items()}, dropped
+    named = {f"{table}.{part}": found for table, parts in tables.items() for part, found in parts.items()}
+    return named, dropped, fallen
+
+
+def _split_demonstrations(rows: list[dict], ranked: list[dict], share: float, seed: int | str) -> dict[str, list[dict]]:
+    """Demonstrations of prompts that also train the reward model are split by another hash than all other prompts.
+
+    By the same hash they would nearly all be in `train`: the beginning of the line is that of `rankings.valid`. The
+    others go by the hash of `prompts`, so that few prompts of `prompts.eval` are training demonstrations.
+    """
+    known = {normalized(row["prompt"]) for row in ranked}
+    apart = _without(rows, known)
+    both = [row for row in rows if normalized(row["prompt"]) in known]
+    parts = (
+        _split(apart, "prompt", {"valid": share}, seed),
+        _split(both, "prompt", {"valid": share}, f"{seed} demonstrations"),
+    )
+    return {name: parts[0][name] + parts[1][name] for name in ("train", "valid")}
+
+
+def _without(rows: list[dict], prompts: set[str]) -> list[dict]:
+    return [row for row in rows if normalized(row["prompt"]) not in prompts]
 
 
 def _split(rows: list[dict], column: str, shares: dict[str, float], seed: int | str) -> dict[str, list[dict]]:
