@@ -229,6 +229,32 @@ def test_columns_that_rename_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("kind", "columns", "problem"),
+    [
+        (
+            "rankings",
+            {"chosen": ("a", "b"), "rejected": "b"},
+            "chosen must be the name of one column where there is no",
+        ),
+        ("rankings", {"chosen": "a", "rejected": ("a", "b")}, "rejected must be the name of one column where there is"),
+        ("rankings", {"prompt": "a", "labeler": ("a", "b")}, "labeler must be the name of one column, not a list"),
+        ("demonstrations", {"messages": ("a", "b")}, "messages must be the name of one column, not a list"),
+        ("labels", {"prompt": "a", "model": "a", "score": ("a", "b")}, "score must be the name of one column, not a"),
+    ],
+)
+def test_columns_that_cannot_be_made_of_several(tmp_path, kind, columns, problem):
+    path = jsonl(tmp_path / "rows.jsonl", [{"a": "x", "b": "y"}])
+    message = error_of(kind, path, columns=columns)
+    assert f"data.{kind}[0].columns: {problem}" in message
+
+
+def test_chosen_may_be_joined_beside_a_prompt(tmp_path):
+    path = jsonl(tmp_path / "rows.jsonl", [{"prompt": "p", "a": "x", "b": "y", "c": "z"}])
+    source = Source(path=str(path), columns={"chosen": ("a", "b"), "rejected": "c"})
+    assert read_source(source, "rankings", "k")[0][0]["responses"] == ["x\n\ny", "z"]
+
+
+@pytest.mark.parametrize(
     ("row", "problem"),
     [
         ({"prompt": 3, "response": "b"}, "prompt is the number 3, but must be a string"),
@@ -266,6 +292,8 @@ def test_wrong_demonstrations(tmp_path, row, problem):
         ({"responses": ["x", "x"]}, "all responses are the same"),
         ({"responses": ["x", 7]}, "response 2 is the number 7, but must be a string"),
         ({"annotators": [[1, 2, 3]]}, "annotators entry 1 has 3 entries"),
+        ({"annotators": [{"rank": 1}]}, "annotators must be a list of ranks for each annotator"),
+        ({"annotators": [[1, 2], 1]}, "annotators entry 2 is the number 1, but must be a list of ranks"),
         ({"annotators": [3]}, "annotators must be a list of ranks for each annotator"),
     ],
 )
@@ -348,7 +376,6 @@ def test_check_finds_what_is_wrong_without_reading_everything(tmp_path):
     ranked = jsonl(tmp_path / "r.jsonl", [{"prompt": "a", "chosen": "x", "rejected": "y"}])
     files = {"demonstrations": ({"path": str(good)},), "rankings": ({"path": str(ranked)},)}
     sources.check(recipe(**files))
-    assert sources.input_files(recipe(**files)) == {"data.demonstrations[0]": [good], "data.rankings[0]": [ranked]}
     with pytest.raises(UserError, match="no column 'responses'"):
         sources.check(recipe(**files | {"rankings": ({"path": str(good)},)}))
     with pytest.raises(UserError, match=r"data\.rankings is empty, and reward_model learns from it"):

@@ -25,6 +25,15 @@ FORMS = {
 }
 """The columns a row must have: one of the forms, the first of which is the usual one."""
 
+JOINED = {
+    "demonstrations": ("prompt", "response"),
+    "rankings": ("prompt", "responses", "ranks", "annotators", "chosen", "rejected"),
+    "prompts": ("prompt",),
+    "text": ("text",),
+    "labels": ("prompt",),
+}
+"""The columns that may be made of several of theirs: text, or a list. `chosen` and `rejected` only beside a prompt."""
+
 OPTIONAL = {
     "demonstrations": ("source",),
     "rankings": ("annotators", "labeler", "source"),
@@ -73,7 +82,8 @@ def check_columns(row: Row, kind: str, source: Source, key: str) -> tuple[str, .
     """The form of the row: the first whose columns are all there.
 
     Raises:
-        UserError: `columns` names one that is not there or renames none of ours; or a column is missing.
+        UserError: `columns` names one that is not there, renames none of ours, or makes one of several that cannot be;
+            or a column is missing.
     """
     known = sorted({column for form in FORMS[kind] for column in form} | set(OPTIONAL[kind]))
     there = list(row.values)
@@ -82,6 +92,8 @@ def check_columns(row: Row, kind: str, source: Source, key: str) -> tuple[str, .
             raise UserError(
                 f"{key}.columns: {ours} is no column of {kind}{_nearest(ours, known)}; they have {', '.join(known)}"
             )
+        if not isinstance(theirs, str) and ours not in JOINED[kind]:
+            raise _not_joined(ours, "", key)
         for name in (theirs,) if isinstance(theirs, str) else theirs:
             if name not in row.values:
                 raise UserError(
@@ -91,6 +103,9 @@ def check_columns(row: Row, kind: str, source: Source, key: str) -> tuple[str, .
     fields = _Fields(row, source)
     for form in FORMS[kind]:
         if all(column in fields for column in form):
+            several = [name for name in form if not isinstance(source.columns.get(name, name), str)]
+            if several and form == ("chosen", "rejected"):
+                raise _not_joined(several[0], " where there is no prompt column", key)
             return form
     form = max(FORMS[kind], key=lambda form: sum(column in fields for column in form))
     missing = [column for column in form if column not in fields]
@@ -100,6 +115,12 @@ def check_columns(row: Row, kind: str, source: Source, key: str) -> tuple[str, .
         f"{key}: {row.where} has no column {' and no column '.join(map(repr, missing))}; its columns are "
         f"{', '.join(map(repr, there)) or '(none)'}. Say which it is with this line beside `path:`:  "
         f"columns: {{{line}}}"
+    )
+
+
+def _not_joined(column: str, condition: str, key: str) -> UserError:
+    return UserError(
+        f"{key}.columns: {column} must be the name of one column{condition}, not a list: columns: {{{column}: NAME}}"
     )
 
 
@@ -225,9 +246,12 @@ def _annotators(values: list, responses: int) -> list[list[int]]:
     """Each annotator's ranks. For two responses also each annotator's choice: 1 or 2 is better, 0 is a tie."""
     if values and not any(isinstance(value, list) for value in values):
         choices = {0: [1, 1], 1: [1, 2], 2: [2, 1]}
-        if responses != 2 or any(value not in choices or isinstance(value, bool) for value in values):
+        if responses != 2 or any(isinstance(value, bool | dict) or value not in choices for value in values):
             raise Invalid("annotators must be a list of ranks for each annotator, or for two responses 0, 1 or 2 each")
         return [choices[value] for value in values]
+    for number, value in enumerate(values, 1):
+        if not isinstance(value, list):
+            raise Invalid(f"annotators entry {number} is {_kind(value)}, but must be a list of ranks")
     return [_ranks(value, responses, f"annotators entry {n}") for n, value in enumerate(values, 1)]
 
 

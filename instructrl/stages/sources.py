@@ -76,14 +76,6 @@ def named_sources(data: Data) -> Iterator[tuple[str, str, Source]]:
             yield kind, f"data.{kind}[{number}]", source
 
 
-def input_files(recipe: Recipe) -> dict[str, list[Path]]:
-    """The local files a recipe reads, by their source's place in it: what a fingerprint must hash."""
-    found = {key: files(source, key) for _, key, source in named_sources(recipe.data)}
-    if recipe.eval.labels:
-        found["eval.labels"] = files(recipe.eval.labels, "eval.labels")
-    return {key: paths for key, paths in found.items() if paths}
-
-
 def check(recipe: Recipe) -> None:
     """Find missing files, empty files and missing columns before anything runs: reads one row of each local source."""
     from instructrl.stages import records
