@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from instructrl.config import Recipe
 from instructrl.errors import UserError
-from instructrl.stages import answers, benchmarks, data, judging, study
+from instructrl.stages import answers, benchmarks, data, judging, numbers, study
 from instructrl.stages import eval as stage
 from instructrl.stages.pretrain import make_tokenizer
 from instructrl.stages.tables import read_table
@@ -304,13 +304,50 @@ def labels(folder, rows):
 
 
 def test_labels_by_hand(tmp_path):
-    found = judging.label_outcomes(labels(tmp_path, LABELS))
-    assert found["ppo"] == [("p1", 1.0), ("p2", 1.0), ("p3", 0.5), ("p4", 0.0)]
-    assert found["gpt_prompted"] == [("p4", 0.0)]
-    assert found["gpt"] == []
+    found = judging.read_labels(labels(tmp_path, LABELS)).outcomes
+    assert found["ppo"] == {"p1": 1.0, "p2": 1.0, "p3": 0.5, "p4": 0.0}
+    assert found["gpt_prompted"] == {"p4": 0.0}
+    assert found["gpt"] == {}
     scores = [("a", "sft", 3), ("a", "ppo", 5), ("a", "ppo", 2), ("b", "sft", 1), ("b", "ppo", "1"), ("c", "ppo", 9)]
     rows = [{"prompt": prompt, "model": model, "score": score} for prompt, model, score in scores]
-    assert judging.label_outcomes(labels(tmp_path, rows))["ppo"] == [("a", 1.0), ("b", 0.5)]
+    assert judging.read_labels(labels(tmp_path, rows)).outcomes["ppo"] == {"a": 1.0, "b": 0.5}
+
+
+def test_several_labels_of_a_prompt_count_as_one(tmp_path):
+    """Three people on p1, two of them for PPO, one on p2: the mean is over prompts, (2/3 + 0) / 2."""
+    rows = [LABELS[0] | {"winner": winner} for winner in ("a", "b", "a")]
+    rows.append({"prompt": "p2", "model_a": "sft", "model_b": "ppo", "winner": "a"})
+    found = judging.read_labels(labels(tmp_path, rows)).outcomes["ppo"]
+    assert found == {"p1": pytest.approx(2 / 3), "p2": 0.0}
+
+
+def test_the_difference_of_two_models_takes_all_their_labels(tmp_path):
+    rows = [
+        {"prompt": f"p{n}", "model_a": name, "model_b": "sft", "winner": winner}
+        for n in range(numbers.FEWEST)
+        for name, winners in (("gpt_prompted", "ab"), ("gpt", "bb"))
+        for winner in winners
+    ]
+    found = judging.read_labels(labels(tmp_path, rows)).outcomes
+    assert numbers.paired_labels(found, 100) == (0.5, 0.5, 0.5)
+    assert numbers.paired_labels({name: dict(list(found[name].items())[1:]) for name in found}, 100) is None
+
+
+def test_labels_honour_limit_and_skip_invalid(tmp_path):
+    recipe = labels(tmp_path, [LABELS[0], LABELS[0] | {"winner": "c"}, *LABELS[1:]])
+    source = recipe.eval.labels.model_copy(update={"limit": 2, "skip_invalid": True})
+    found = judging.read_labels(recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"labels": source})}))
+    assert found.outcomes["ppo"] == {"p1": 1.0, "p2": 1.0}
+    assert found.invalid == 1
+
+
+def test_labels_of_prompts_that_are_not_evaluated(tmp_path):
+    recipe = labels(tmp_path, LABELS)
+    some = judging.read_labels(recipe, ["P1 ", "p4", "p9"])
+    assert some.outcomes["ppo"] == {"p1": 1.0, "p4": 0.0}
+    assert (some.prompts(), some.other_prompts, some.evaluated) == (2, 2, True)
+    none = judging.read_labels(recipe, ["p9"])
+    assert (none.prompts(), none.other_prompts, none.evaluated) == (4, 0, False)
 
 
 @pytest.mark.parametrize(
@@ -325,13 +362,13 @@ def test_labels_by_hand(tmp_path):
 )
 def test_wrong_labels(tmp_path, row, problem):
     with pytest.raises(UserError, match=r"labels\.jsonl line 2") as caught:
-        judging.label_outcomes(labels(tmp_path, [LABELS[0], row]))
+        judging.read_labels(labels(tmp_path, [LABELS[0], row]))
     assert problem in str(caught.value)
 
 
 def test_labels_that_compare_nothing_with_sft(tmp_path):
     with pytest.raises(UserError, match=r"no label in .* compares a model with SFT on the same prompt"):
-        judging.label_outcomes(labels(tmp_path, LABELS[-1:]))
+        judging.read_labels(labels(tmp_path, LABELS[-1:]))
 
 
 def test_an_evaluation_by_labels(world_run, tmp_path):
@@ -343,4 +380,10 @@ def test_an_evaluation_by_labels(world_run, tmp_path):
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["models"]["ppo"]["win_rate"][0] == pytest.approx(0.625)
     assert metrics["models"]["gpt"]["win_rate"] is None
-    assert path.replace("_", "\\_") in (tmp_path / "report.md").read_text()
+    report = (tmp_path / "report.md").read_text()
+    assert path.replace("_", "\\_") in report
+    assert "of an earlier run's samples" in report
+    note = "prompts labelled against SFT: 4 (GPT (prompted) 1, PPO 4), none of them among the held-out prompts"
+    assert note in report
+    assert any(note in line for line in metrics["table"]["notes"])
+    assert not any("SFT <" in claim["claim"] for claim in metrics["claims"])  # four prompts decide nothing

@@ -3,8 +3,8 @@
 A judge that scores gives a number for each answer; whose is higher wins the prompt. Labels may also name winners.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from instructrl.config import Recipe
 from instructrl.errors import UserError
 from instructrl.stages import records, sources
 from instructrl.stages.answers import Answer, world_of
+from instructrl.stages.data import normalized
 from instructrl.stages.models import load_reward_model
 from instructrl.stages.winrate import outcomes
 from instructrl.trainers.rollout import score_rewards
@@ -35,7 +36,7 @@ DESCRIPTIONS = {
     "gold": "the built-in world's gold preference: the truth, which no model was trained on",
     "reward_model": "a second reward model, trained on rankings of prompts that trained nothing else (held out). "
     "It is a learnt judge with the errors of one, not a person",
-    "labels": "labels from {path}",
+    "labels": "labels from {path}, of an earlier run's samples",
 }
 
 
@@ -73,36 +74,87 @@ class Scorer:
 # ---- labels
 
 
-def label_outcomes(recipe: Recipe) -> dict[str, list[tuple[str, float]]]:
-    """From `eval.labels`: for each model (prompt, outcome against SFT): 1 it wins, .5 a tie, 0 it loses.
+@dataclass
+class Labels:
+    """What `eval.labels` says."""
+
+    outcomes: dict[str, dict[str, float]]
+    """For each model {prompt: mean outcome against SFT}: 1 it wins, .5 a tie, 0 it loses. Prompts are normalized."""
+    evaluated: bool
+    """Whether the prompts are among those evaluated; if none is, the labels of all prompts are kept."""
+    other_prompts: int = 0
+    """Prompts left out because they are not among those evaluated."""
+    invalid: int = 0
+    """Rows dropped by `skip_invalid`."""
+
+    def prompts(self) -> int:
+        """How many prompts compare some model with SFT."""
+        return len({prompt for found in self.outcomes.values() for prompt in found})
+
+    def card(self) -> dict:
+        """JSON for `metrics.json`."""
+        counts = {"prompts": self.prompts(), "other_prompts": self.other_prompts, "invalid": self.invalid}
+        return counts | {"evaluated": self.evaluated, "by_model": {name: len(p) for name, p in self.outcomes.items()}}
+
+
+def read_labels(recipe: Recipe, prompts: Iterable[str] = ()) -> Labels:
+    """From `eval.labels`, each model against SFT. Several labels of one prompt and model count as their mean.
+
+    Prompts are what is drawn anew for an interval, so each may count once. Labels of prompts other than `prompts`
+    (those evaluated) are left out, unless that would leave none.
 
     Raises:
         UserError: a row is wrong, or no row compares anything with SFT.
     """
-    source = recipe.eval.labels
-    scores: dict[tuple[str, str], list[float]] = {}
-    found: dict[str, list[tuple[str, float]]] = {name: [] for name in NAMES}
-    for row in sources.rows(source, "eval.labels"):
+    source, key = recipe.eval.labels, "eval.labels"
+    read, invalid = [], 0
+    for row in sources.rows(source, key):
         try:
-            label = records.record(row, "labels", source, "eval.labels")
-            if "score" in label:
-                scores.setdefault((label["prompt"], _model(label["model"])), []).append(label["score"])
-                continue
-            one, other = _model(label["model_a"]), _model(label["model_b"])
-            outcome = _outcome(label["winner"], one, other)
+            read.append(_read_label(records.record(row, "labels", source, key)))
         except records.Invalid as problem:
-            raise records.invalid(row, problem, "eval.labels") from None
-        if BASELINE in (one, other) and one != other:
-            name, outcome = (one, outcome) if other == BASELINE else (other, 1 - outcome)
-            found[name].append((label["prompt"], outcome))
+            if not source.skip_invalid:
+                raise records.invalid(row, problem, key) from None
+            invalid += 1
+        if len(read) == source.limit:
+            break
+    found = _against_baseline(read)
+    if not any(found.values()):
+        raise UserError(f"{key}: no label in {source.path} compares a model with SFT on the same prompt")
+    labelled = {prompt for outcomes_ in found.values() for prompt in outcomes_}
+    wanted = labelled & {normalized(prompt) for prompt in prompts}
+    kept = wanted or labelled
+    found = {name: {prompt: values[prompt] for prompt in values if prompt in kept} for name, values in found.items()}
+    return Labels(found, bool(wanted), len(labelled) - len(kept), invalid)
+
+
+def _read_label(label: dict) -> tuple[str, str, str | None, float]:
+    """(prompt, model, its opponent, its outcome), or (prompt, model, None, its score)."""
+    prompt = normalized(label["prompt"])
+    if "score" in label:
+        return prompt, _model(label["model"]), None, label["score"]
+    one, other = _model(label["model_a"]), _model(label["model_b"])
+    return prompt, one, other, _outcome(label["winner"], one, other)
+
+
+def _against_baseline(read: list[tuple[str, str, str | None, float]]) -> dict[str, dict[str, float]]:
+    """{model: {prompt: mean outcome against SFT}}; the mean scores of a prompt make one more outcome."""
+    scores: dict[tuple[str, str], list[float]] = {}
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in NAMES}
+    for prompt, one, other, value in read:
+        if other is None:
+            scores.setdefault((prompt, one), []).append(value)
+        elif BASELINE in (one, other) and one != other:
+            name, outcome = (one, value) if other == BASELINE else (other, 1 - value)
+            found[name].setdefault(prompt, []).append(outcome)
     for (prompt, name), values in scores.items():
         baseline = scores.get((prompt, BASELINE))
         if baseline and name != BASELINE:
             outcome = outcomes([np.mean(values)], [np.mean(baseline)])[0]
-            found[name].append((prompt, float(outcome)))
-    if not any(found.values()):
-        raise UserError(f"eval.labels: no label in {source.path} compares a model with SFT on the same prompt")
-    return found
+            found[name].setdefault(prompt, []).append(float(outcome))
+    return {
+        name: {prompt: float(np.mean(values)) for prompt, values in labelled.items()}
+        for name, labelled in found.items()
+    }
 
 
 def _model(said: str) -> str:

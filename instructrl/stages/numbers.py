@@ -23,7 +23,9 @@ def measure(study: Study, scores: Scores) -> dict:
     def mean(values) -> list[float]:
         return list(interval(values, samples))
 
-    labelled = judging.label_outcomes(recipe) if recipe.eval.judge == "labels" else {}
+    evaluated = [row["prompt"] for row in study.prompts]
+    labels = judging.read_labels(recipe, evaluated) if recipe.eval.judge == "labels" else None
+    labelled = labels.outcomes if labels else {}
     models = {}
     for name, title in NAMES.items():
         given = study.answers[name][t]
@@ -39,7 +41,7 @@ def measure(study: Study, scores: Scores) -> dict:
             found["win_rate"] = mean(scores.outcomes[name, t])
             found["win_rate_greedy"] = mean(scores.outcomes[name, GREEDY])
         elif labelled.get(name):
-            found["win_rate"] = mean([outcome for _, outcome in labelled[name]])
+            found["win_rate"] = mean(list(labelled[name].values()))
         found["greedy"] = {"length": mean([answer.length for answer in study.answers[name][GREEDY]])}
         for temperature, place in ((t, found), (GREEDY, found["greedy"])):
             if (name, temperature) in scores.gold:
@@ -52,6 +54,7 @@ def measure(study: Study, scores: Scores) -> dict:
         "judge": recipe.eval.judge,
         "judge_description": judging.describe(recipe),
         "judge_held_out": recipe.eval.judge != "labels",
+        "labels": labels.card() if labels else None,
         "prompts": len(study.prompts),
         "temperature": t,
         "prefix": study.prefix,
@@ -129,6 +132,8 @@ def check_claims(study: Study, scores: Scores, labelled: dict, metrics: dict) ->
         return []
     t, samples = study.recipe.eval.temperature, study.recipe.eval.bootstrap_samples
     rates = {name: Interval(*found["win_rate"]) for name, found in metrics["models"].items() if found["win_rate"]}
+    if metrics["labels"]:
+        rates = {name: rate for name, rate in rates.items() if len(labelled[name]) >= FEWEST}
     if scores.outcomes:
         prompted = difference(scores.outcomes["gpt_prompted", t], scores.outcomes["gpt", t], samples)
     else:
@@ -148,11 +153,13 @@ def check_claims(study: Study, scores: Scores, labelled: dict, metrics: dict) ->
     return checked
 
 
-def paired_labels(labelled: dict[str, list[tuple[str, float]]], samples: int) -> Interval | None:
-    """GPT (prompted) - GPT on the prompts that have labels of both."""
-    one, other = dict(labelled.get("gpt_prompted", [])), dict(labelled.get("gpt", []))
+def paired_labels(labelled: dict[str, dict[str, float]], samples: int) -> Interval | None:
+    """GPT (prompted) - GPT on the prompts that have labels of both; None where they are too few."""
+    one, other = labelled.get("gpt_prompted", {}), labelled.get("gpt", {})
     shared = sorted(one.keys() & other.keys())
-    return difference([one[key] for key in shared], [other[key] for key in shared], samples) if shared else None
+    if len(shared) < FEWEST:
+        return None
+    return difference([one[key] for key in shared], [other[key] for key in shared], samples)
 
 
 def turned(values: list[float], sign: float) -> Interval:

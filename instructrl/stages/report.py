@@ -69,12 +69,31 @@ def table(metrics: dict) -> dict:
         f"Judge: {metrics['judge_description']}.{kept} {metrics['prompts']} held-out prompts, temperature "
         f"{metrics['temperature']:g}; brackets are 95 % intervals over prompts.",
     ]
+    if metrics["labels"]:
+        notes.append(labels_note(metrics))
     notes.append(verdicts(metrics["claims"]))
     return {
         "columns": [names[index] for index in used],
         "rows": [[row[index] for index in used] for row in rows],
         "notes": notes,
     }
+
+
+def labels_note(metrics: dict) -> str:
+    """Whose answers were labelled, on how many prompts, and what was left out."""
+    labels, models = metrics["labels"], metrics["models"]
+    by_model = ", ".join(f"{models[name]['name']} {count}" for name, count in labels["by_model"].items() if count)
+    among = "among the held-out prompts" if labels["evaluated"] else "none of them among the held-out prompts"
+    left_out = [
+        f"{labels[key]} {what}"
+        for key, what in (("other_prompts", "labelled prompts that are not evaluated"), ("invalid", "wrong rows"))
+        if labels[key]
+    ]
+    return (
+        "The win rates are those of the labels, of answers that an earlier run sampled, and not of this run's answers: "
+        f"prompts labelled against SFT: {labels['prompts']} ({by_model}), {among}."
+        + (f" Left out: {', '.join(left_out)}." if left_out else "")
+    )
 
 
 def verdicts(checked: list[dict]) -> str:
@@ -120,7 +139,8 @@ def markdown(metrics: dict, shown: list[dict]) -> str:
         "## The paper's claims on this run",
         claim_table(metrics["claims"]) if metrics["claims"] else verdicts([]),
         "A claim holds if its 95 % interval is on the claimed side of the border, does not hold if it is on the other, "
-        "and is undecided in between. One run with one seed: another seed may move what is close.",
+        "and is undecided in between. No interval is "
+        "corrected for the number of claims or of tasks. One run with one seed: another seed may move what is close.",
         *gold_section(metrics),
         *tax_section(metrics),
         *reward_model_section(metrics),
@@ -149,6 +169,8 @@ def win_rate_notes(metrics: dict) -> str:
     ]
     if metrics["judge"] == "reward_model":
         notes.append("The judge is a model: it shares the taste, and some of the errors, of the reward model.")
+    if metrics["labels"]:
+        notes.append(labels_note(metrics))
     prefix = metrics["prefix"]
     if prefix.get("rewards"):
         notes.append(
