@@ -71,15 +71,15 @@ class World(Section):
     """Prompts for `ppo` and `ppo_ptx`."""
     eval_prompts: PositiveInt = 1_000
     """Held-out prompts for `eval`; none of them appears in a training set."""
-    skip_rate: Share = 0.4
+    skip_rate: Share = 0.33
     """Share of demonstrations that ignore the prompt's constraint."""
-    ramble_rate: Share = 0.3
+    ramble_rate: Share = 0.25
     """Share of demonstrations that go on after the answer."""
     hallucinate_rate: Share = 0.4
     """Share of demonstrations on unanswerable questions that make an answer up."""
     wrong_rate: Share = 0.06
     """Share of demonstrations on answerable questions that are wrong."""
-    rude_rate: Share = 0.05
+    rude_rate: Share = 0.04
     """Share of demonstrations that are rude."""
 
 
