@@ -54,3 +54,9 @@ def test_every_command_and_recipe_is_named() -> None:
         assert f"`{name}`" in README or f"`instructrl {name}" in README, name
     for name in recipe_names():
         assert f"| `{name}` |" in README
+
+
+def test_the_table_shown_has_the_five_models() -> None:
+    shown = README.partition("<!-- five models -->")[2].partition("<!-- end -->")[0]
+    rows = re.findall(r"^ (GPT|GPT \(prompted\)|SFT|PPO|PPO-ptx) +\.\d+ \[", shown, re.MULTILINE)
+    assert rows == ["GPT", "GPT (prompted)", "SFT", "PPO", "PPO-ptx"]
