@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from instructrl.config import PPO, Data, Eval, Model, Recipe, Runtime, World
+from instructrl.config import PPO, Data, Eval, Model, PPOPtx, Recipe, Runtime, World
 from instructrl.errors import UserError
 from instructrl.stages import models, ppo
 from instructrl.stages.pretrain import make_tokenizer
@@ -27,7 +27,7 @@ def recipe(**changes):
         eval=Eval(judge="gold"),
         model=Model(path=None),
         ppo=PPO(**SECTION | changes),
-        ppo_ptx=PPO(**SECTION | {"ptx_coef": 1.0, "ptx_ratio": 0.5, "ptx_max_length": 10} | changes),
+        ppo_ptx=PPOPtx(**SECTION | {"ptx_coef": 1.0, "ptx_ratio": 0.5, "ptx_max_length": 10} | changes),
         runtime=Runtime(threads=1, device="cpu"),
     )
 

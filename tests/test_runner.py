@@ -138,7 +138,7 @@ def test_a_failure_lets_what_runs_beside_it_finish(here: Path, instructrl: Instr
 
 
 def test_killed_runner_leaves_an_orphan_that_the_next_one_waits_for(here: Path, spawn: Spawn) -> None:
-    write_script(here, data={"steps": 8, "seconds": 0.25})
+    write_script(here, data={"steps": 32, "seconds": 0.25})  # longer than a second runner takes to start
     first = spawn("data", "recipe=base.yaml")
     until(step_reached(here, "data", 2))
     first.kill()
