@@ -119,8 +119,7 @@ def test_a_run_learns_and_leaves_a_model_of_the_same_form(inputs, tmp_path):
     assert metrics["valid_loss"] < 0.6 * lines[0]["loss"]
     configs = [path / "model" / "config.json" for path in (inputs["pretrain"], tmp_path)]
     before, after = (json.loads(config.read_text()) for config in configs)
-    # Its pad token is <unk>; it gets one of its own, and the embedding a row.
-    assert after == before | {"pad_token_id": 512, "vocab_size": 513}
+    assert after == before
     assert weights(tmp_path).keys() == weights(inputs["pretrain"]).keys()
     assert Template.load(tmp_path / "model").template == "Q: {prompt}\nA:"
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
