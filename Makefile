@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 VENV := .venv
+# with the oldest TRL that pyproject.toml allows, the last one that has a PPO trainer
+TRL_MIN := .venv-trl-min
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 FAST := not slow and not gpu and not network
 
@@ -28,7 +30,7 @@ check: $(VENV)/.installed-dev ## Check style and types
 	$(VENV)/bin/ty check instructrl --exclude instructrl/stages --exclude instructrl/trainers # torch types most calls too loosely
 
 clean: ## Remove the environment, caches and builds; artifacts stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TRL_MIN) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and alone: it is the one large download, and everything after it must fit that version
@@ -44,4 +46,10 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.torch
 
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed
 	$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(TRL_MIN)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(TRL_MIN)
+	$(TRL_MIN)/bin/python -m pip install --quiet --disable-pip-version-check -r constraints.txt
+	$(TRL_MIN)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt trl==1.12.0 -e '.[dev]'
 	@touch $@
