@@ -30,7 +30,7 @@ def test_a_logit_of_minus_infinity_takes_its_token_out():
 
 def test_rewards_sum_to_the_score_less_the_kl_and_are_zero_on_padding():
     score, logprobs, ref = normal(3), normal(3, 4, seed=1), normal(3, 4, seed=2)
-    rewards = losses.shaped_rewards(score, logprobs, ref, MASK, 0.3)
+    rewards = losses.shaped_rewards(score, losses.kl_k1(logprobs, ref), MASK, 0.3)
     assert (rewards[~MASK] == 0).all()
     for row, length in enumerate((4, 2, 1)):
         kl = (logprobs - ref)[row, :length]

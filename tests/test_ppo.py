@@ -36,7 +36,7 @@ class Recorder(PPOTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.steps = [*getattr(self, "steps", []), (inputs["episodes"], inputs["rows"])]
-        self.gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        self.gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
         return loss
 
 
@@ -286,11 +286,12 @@ def test_eight_pretraining_examples_an_episode_and_every_one_once_a_pass(tmp_pat
 
 
 @pytest.mark.parametrize(("minibatches", "epochs"), [(1, 1), (4, 1), (2, 3)])
-@pytest.mark.parametrize("max_tokens", [1, 40, 10_000])
-def test_an_iteration_takes_minibatches_times_epochs_steps(tmp_path, minibatches, epochs, max_tokens):
+@pytest.mark.parametrize(("max_tokens", "accumulation"), [(1, 1), (40, 1), (10_000, 1), (10_000, 2), (10_000, 8)])
+def test_an_iteration_takes_minibatches_times_epochs_steps(tmp_path, minibatches, epochs, max_tokens, accumulation):
     """Also where an iteration crosses the end of the prompts: there are 11, so the second of 3 does."""
     steps = Steps()
     options = {"num_mini_batches": minibatches, "num_ppo_epochs": epochs, "max_tokens": max_tokens}
+    options["gradient_accumulation_steps"] = accumulation
     made = trained(tmp_path, callbacks=[steps], total_episodes=24, **options)
     assert len(steps.norms) == made.state.global_step == 3 * minibatches * epochs
     per_iteration = minibatches * epochs
@@ -306,15 +307,24 @@ def test_an_iteration_takes_minibatches_times_epochs_steps(tmp_path, minibatches
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_micro_batches_do_not_change_the_gradient(tmp_path, architecture):
     split = [
-        trainer(tmp_path, architecture, max_tokens=n, ptx_coef=0.5, ptx_ratio=2, total_episodes=8)
-        for n in (1, 50, 10_000)
+        trainer(tmp_path, architecture, ptx_coef=0.5, ptx_ratio=2, total_episodes=8, **cut)
+        for cut in (
+            {"max_tokens": 10_000},
+            {"max_tokens": 1},
+            {"max_tokens": 50},
+            {"max_tokens": 10_000, "gradient_accumulation_steps": 2},
+        )
     ]
+    passes = []
     for made in split:
         made.args.max_steps = 1
+        made.padded = lambda *inputs, made=made: passes.append(made) or PPOTrainer.padded(made, *inputs)
         made.train()
-    for made in split[:2]:
-        assert made.steps[0][1] == split[2].steps[0][1]
-        assert distance(made.gradients, split[2].gradients) < 1e-6
+    assert [passes.count(made) for made in split[:2]] == [2, 4 + 8]  # one of each kind, or one a sequence
+    assert passes.count(split[3]) == 3
+    for made in split[1:]:
+        assert made.steps[0][1] == split[0].steps[0][1]
+        assert distance(made.gradients, split[0].gradients) < 1e-6
 
 
 def test_batching_of_generation_does_not_change_the_result(tmp_path):
@@ -513,7 +523,10 @@ def test_wrong_scores_are_refused(tmp_path, scores, message):
         ({"total_episodes": 4}, "total_episodes=4 is less than one batch_size=8"),
         ({"temperature": 0.0}, "must be above 0"),
         ({"ptx_normalization": "mean"}, "neither token_mean nor sequence_sum"),
-        ({"gradient_accumulation_steps": 2}, "max_tokens bounds a forward pass"),
+        ({"ema_decay": 1.0}, "ema_decay=1.0 must be at least 0"),
+        ({"ema_every": "epoch"}, "ema_every='epoch' is neither iteration nor step"),
+        ({"kl_estimator": "k2"}, "kl_estimator='k2' is neither k1 nor k3"),
+        ({"kl_target": 0.0}, "kl_target=0.0 must be above 0"),
         ({"response_length": 40}, "a prompt of 9 tokens and response_length=40 exceed the model's context of 48"),
     ],
 )

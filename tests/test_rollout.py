@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from instructrl.trainers import rollout
+from instructrl.trainers.actor_critic import disable_dropout
 
 PROMPTS = tiny.sequences(13, 1, 20)
 SAMPLING = {"eos_token_id": tiny.EOS, "pad_token_id": tiny.PAD}
@@ -204,6 +205,6 @@ def test_dropout_is_off_and_the_configuration_untouched():
     ids = torch.tensor([[3, 4, 5, 6, 7, 8]])
     for model in (gpt2, llama):
         expected = model(ids).logits
-        rollout.disable_dropout(model)
+        disable_dropout(model)
         assert torch.equal(model.train()(ids).logits, expected)
     assert gpt2.config.resid_pdrop == llama.config.attention_dropout == 0.5

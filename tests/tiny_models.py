@@ -26,13 +26,14 @@ def tokenizer():
 
 
 def config(architecture, **options):
-    special = {"eos_token_id": EOS, "pad_token_id": PAD, "bos_token_id": 2, "initializer_range": 0.3}
+    special = {"eos_token_id": EOS, "pad_token_id": PAD, "bos_token_id": 2}
+    special |= {"vocab_size": VOCABULARY, "initializer_range": 0.3}
     if architecture == "gpt2":
         size = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": CONTEXT}
-        return GPT2Config(vocab_size=VOCABULARY, **size, **special | options)
+        return GPT2Config(**size | special | options)
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     size |= {"max_position_embeddings": CONTEXT, "tie_word_embeddings": True}
-    return LlamaConfig(vocab_size=VOCABULARY, **size, **special | options)
+    return LlamaConfig(**size | special | options)
 
 
 def policy(architecture, seed=0, dtype=torch.float32, **options):

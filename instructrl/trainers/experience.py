@@ -29,12 +29,26 @@ class Episodes:
     values: Tensor
     """[B, R]: the critic's, before each token."""
     scores: Tensor
-    """[B]: reward model and reward functions, the bias subtracted, before the penalty for a missing EOS."""
+    """[B]: reward model and reward functions, the bias subtracted, whether or not the response ended."""
     ended: Tensor
     """[B] bool: the response ended by itself, with EOS."""
+    kl_coef: float = 0.0
+    """beta when these episodes were rewarded."""
+    kl: Tensor | None = None
+    """[B, R]: the estimate that beta multiplies."""
+    final_scores: Tensor | None = None
+    """[B]: the scores that are rewarded, which depend on whether the response ended."""
     advantages: Tensor | None = None
     returns: Tensor | None = None
     """[B, R] each."""
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        return [ids[:start] for ids, start in zip(self.sequences, self.prompt_lengths, strict=True)]
+
+    @property
+    def responses(self) -> list[list[int]]:
+        return [ids[start:] for ids, start in zip(self.sequences, self.prompt_lengths, strict=True)]
 
     @classmethod
     def gather(cls, own: dict[str, list], processes: int) -> "Episodes":
@@ -103,10 +117,3 @@ def seeded(*parts: Any) -> torch.Generator:
     """A CPU generator whose seed mixes all the parts, so that the streams of neighbouring seeds are not alike."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-
-
-def fetch(dataset: Sequence[dict[str, Any]], numbers: Sequence[int]) -> list[dict[str, Any]]:
-    """Rows by number, all at once where the dataset can (datasets.Dataset)."""
-    if hasattr(dataset, "__getitems__"):
-        return dataset.__getitems__(list(numbers))
-    return [dataset[number] for number in numbers]

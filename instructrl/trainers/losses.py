@@ -34,13 +34,13 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return torch.expm1(log_ratio) - log_ratio
 
 
-def shaped_rewards(score: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """r_t = -beta * (log pi(y_t) - log pi_ref(y_t)) + [t is the last real token] * score (3.5 eq. 2, App. C.4).
+def shaped_rewards(score: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    """r_t = -beta * KL_t + [t is the last real token] * score (3.5 eq. 2, App. C.4).
 
-    score [B], logprobs, ref_logprobs, mask [B, R] -> [B, R], 0 on padding. The last real token is EOS where there is
+    score [B], kl (`kl_k1` in the paper), mask [B, R] -> [B, R], 0 on padding. The last real token is EOS where there is
     one: there the reward model reads its score. A row without tokens has no place for its score and gets none.
     """
-    rewards = torch.where(mask, -kl_coef * kl_k1(logprobs, ref_logprobs), 0.0)
+    rewards = torch.where(mask, -kl_coef * kl, 0.0)
     is_last = mask & ~F.pad(mask[:, 1:], (0, 1))
     return rewards + is_last * score[:, None]
 

@@ -2,48 +2,41 @@
 
 `PPOTrainer` reads as the paper's loop: sample and score episodes, shape rewards, estimate advantages; then for every
 minibatch add the pretraining gradient and the PPO gradient, and step. The equations are in `losses.py`, sampling and
-scoring in `rollout.py`, episodes and minibatches in `experience.py`, settings in `ppo_config.py`, and what is logged in
-`ppo_stats.py`.
+log-probabilities in `rollout.py`, scores in `rewards.py`, episodes and minibatches in `experience.py`, the coefficient
+of the KL penalty in `kl.py`, the weights' moving average in `ema.py`, and settings in `ppo_config.py`.
 """
 
 import copy
+import json
+import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from instructrl.trainers import losses, rollout
-from instructrl.trainers.experience import Episodes, Experience, Passes, fetch, seeded
+from instructrl.trainers.actor_critic import ActorCritic, disable_dropout, freeze, fuse_gelu, load_weights, network
+from instructrl.trainers.completions import write_completions
+from instructrl.trainers.ema import EMA
+from instructrl.trainers.experience import Episodes, Experience, Passes, seeded
+from instructrl.trainers.kl import KLController
 from instructrl.trainers.ppo_config import PPOConfig, check_models, check_prompts, check_tokenizer
-from instructrl.trainers.ppo_stats import UPDATE_STATS, episode_stats, gradient_stats, update_stats
+from instructrl.trainers.ppo_stats import UPDATE_STATS, episode_stats, evaluation_stats, gradient_stats, update_stats
+from instructrl.trainers.prompts import Prompts, document_ids, fetch
+from instructrl.trainers.rewards import RewardFunction, Rewards
 
 __all__ = ["PPOConfig", "PPOTrainer"]
 
-
-class ActorCritic(nn.Module):
-    """Policy and critic as one module, for one optimizer and one DDP wrapper. They share no weights (App. C.4)."""
-
-    def __init__(self, policy: PreTrainedModel, critic: PreTrainedModel, pad_token_id: int):
-        super().__init__()
-        self.policy, self.critic, self.pad_token_id = policy, critic, pad_token_id
-        self.config = copy.deepcopy(policy.config)  # Trainer writes into it; the policy's own is saved with the policy
-
-    def forward(self, input_ids: Tensor, predicts: Tensor, temperature: float, values: bool = True):
-        """Log-probabilities of, and values before, the tokens that follow `predicts` [B, T] -> [M], [M] or None."""
-        logprobs = rollout.response_logprobs(self.policy, input_ids, predicts, temperature, self.pad_token_id)
-        return logprobs, rollout.token_scores(self.critic, input_ids, predicts) if values else None
-
-    def activation_checkpointing_enable(self, **options: Any) -> None:
-        self.policy.activation_checkpointing_enable(**options)
-        self.critic.activation_checkpointing_enable(**options)
+STATE = "ppo_state.json"  # in a checkpoint: what changes and is no weight
 
 
 class RolloutBoundary(TrainerCallback):
@@ -69,15 +62,18 @@ class PPOTrainer(Trainer):
 
     Args:
         args: a `PPOConfig`.
-        processing_class: the tokenizer of all the models. Its pad token must differ from EOS.
-        model: the policy, a causal language model.
-        train_dataset: rows with `prompt_ids` (ids) or `prompt` (text); `reward_funcs` are given further columns.
+        processing_class: the tokenizer of policy and critic. Its pad token must differ from EOS.
+        model: the policy, a causal language model, or one with a PEFT adapter.
+        train_dataset: prompts, as `Prompts` takes them; `reward_funcs` are given the further columns.
         value_model: the critic; in the paper a copy of the reward model (not the reward model itself).
         reward_model: a sequence-classification model with one label, read at a response's last token.
-        ref_model: what KL is measured from; by default a frozen copy of the policy as it is now.
-        reward_funcs: functions as in TRL: `f(prompts, completions, completion_ids, **columns) -> list[float]`. All
-            scores add up.
-        ptx_dataset: rows with `input_ids`, for `ptx_coef > 0`; cut at the model's context.
+        reward_processing_class: its tokenizer, if that is another than the policy's.
+        ref_model: what KL is measured from; by default a frozen copy of the policy as it is now, and of a policy with
+            an adapter the model without it (merge first what an adapter has already learnt).
+        reward_funcs: functions as in TRL (`rewards.py`). All scores add up.
+        ptx_dataset: rows with `input_ids` or `text`, for `ptx_coef > 0`; cut at the model's context.
+        eval_dataset: prompts for `evaluate`.
+        peft_config: puts this adapter on the policy.
 
     Departures from the paper: values are clipped; a response that did not end loses `missing_eos_penalty`; both can be
     switched off. Departures from TRL 1.12: the score sits on EOS, not on the token after it; policy and critic have
@@ -94,48 +90,68 @@ class PPOTrainer(Trainer):
         self,
         args: PPOConfig,
         processing_class: PreTrainedTokenizerBase,
-        model: PreTrainedModel,
+        model: PreTrainedModel | PeftModel,
         train_dataset: Sequence[dict[str, Any]],
-        value_model: PreTrainedModel | None = None,
+        value_model: PreTrainedModel | PeftModel | None = None,
         reward_model: PreTrainedModel | None = None,
         ref_model: PreTrainedModel | None = None,
-        reward_funcs: Sequence[Callable[..., list[float]]] = (),
+        reward_funcs: Sequence[RewardFunction] = (),
+        reward_processing_class: PreTrainedTokenizerBase | None = None,
         ptx_dataset: Sequence[dict[str, Any]] | None = None,
+        eval_dataset: Sequence[dict[str, Any]] | None = None,
+        peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, LambdaLR | None] = (None, None),
     ):
         check_tokenizer(processing_class)
-        check_models(model, value_model, ref_model, reward_model, processing_class)
+        if reward_processing_class is not None:
+            check_tokenizer(reward_processing_class, "reward model's tokenizer")
+        check_models(model, value_model, ref_model, reward_model, processing_class, reward_processing_class)
         if reward_model is None and not reward_funcs:
             raise ValueError("nothing scores the responses: pass reward_model or reward_funcs")
         if args.ptx_coef and not ptx_dataset:
             raise ValueError(f"ptx_coef={args.ptx_coef} needs pretraining examples: pass ptx_dataset or set it to 0")
-        self.eos_id, self.pad_id = processing_class.eos_token_id, processing_class.pad_token_id
-        self.prompts = [
-            row["prompt_ids"] if "prompt_ids" in row else processing_class(row["prompt"])["input_ids"]
-            for row in train_dataset
-        ]
-        check_prompts(self.prompts, args.response_length, model)
+        self.pad_id = processing_class.pad_token_id
+        self.eos_id = processing_class.eos_token_id if args.stop_token_id is None else args.stop_token_id
+        self.prompts = Prompts(train_dataset, processing_class)
+        self.eval_prompts = Prompts(eval_dataset, processing_class) if eval_dataset else None
+        for prompts in (self.prompts, self.eval_prompts):
+            if prompts is not None:
+                check_prompts(prompts.ids, args.response_length, network(model))
         self.prompt_order = Passes(len(self.prompts), args.seed, "prompts")
         self.ptx_dataset = ptx_dataset if args.ptx_coef else None
         self.ptx_order = Passes(len(ptx_dataset), args.seed, "ptx") if self.ptx_dataset else None
-        self.ref_model = copy.deepcopy(model) if ref_model is None else ref_model
-        self.reward_model, self.reward_funcs = reward_model, list(reward_funcs)
-        for frozen in filter(None, (self.ref_model, reward_model)):
-            frozen.eval().requires_grad_(False).to(args.device)
-        for each in filter(None, (model, value_model, self.ref_model, reward_model)):
-            rollout.disable_dropout(each)
+        if peft_config is not None:
+            model = get_peft_model(model, peft_config)
+        if ref_model is None and not isinstance(model, PeftModel):
+            ref_model = copy.deepcopy(model)
+        self.ref_model = ref_model  # None: the policy without its adapter
+        self.reward_model = reward_model
+        for frozen in filter(None, (ref_model, reward_model)):
+            freeze(frozen, args.device)
+        for each in filter(None, (model, value_model, ref_model, reward_model)):
+            disable_dropout(each)
+            fuse_gelu(each)
+        tokenizers = {"tokenizer": processing_class, "reward_tokenizer": reward_processing_class}
+        limits = {"bias": args.reward_bias, "max_tokens": args.max_tokens}
+        self.rewards = Rewards(reward_model=reward_model, functions=list(reward_funcs), **tokenizers, **limits)
+        self.kl = KLController(args.kl_coef, args.kl_target, args.kl_horizon)
         self.stats: dict[str, list[float | Tensor]] = defaultdict(list)  # since the last log line
         self.last_episodes: Episodes | None = None
         super().__init__(
             model=ActorCritic(model, value_model, self.pad_id),
             args=args,
             train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=processing_class,
             data_collator=list,
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.ema: EMA | None = None
+        if args.ema_decay:
+            self.ema = EMA(model, args.ema_decay, 1 if args.ema_every == "step" else args.steps_per_iteration)
+            self.add_callback(self.ema)
         self.add_callback(RolloutBoundary)
 
     def train(self, *args, **kwargs):
@@ -157,23 +173,29 @@ class PPOTrainer(Trainer):
         """Sample and score an iteration's episodes, each process its share, and estimate the advantages of all."""
         args = self.args
         numbers = self.prompt_order.rows(iteration * args.batch_size, args.batch_size)
-        uniforms = torch.rand(args.batch_size, args.response_length, generator=seeded(args.seed, "sampling", iteration))
-        share = slice(args.process_index, None, args.world_size)
-        own = self.sample_and_score(numbers[share], uniforms[share])
-        episodes = Episodes.gather(own, args.world_size)
+        episodes = self.sample_and_score(self.prompts, numbers, "sampling", iteration)
         self.estimate_advantages(episodes)
-        self.record(episode_stats(episodes, args))
+        stats = episode_stats(episodes)
+        self.record(stats)
+        self.kl.update(float(stats["objective/kl"]), args.batch_size)
+        every, last = args.completions_every, iteration == args.num_iterations - 1
+        if every and args.should_save and (iteration % every == 0 or last):
+            folder = Path(args.completions_dir or Path(args.output_dir) / "completions")
+            write_completions(episodes, self.processing_class, folder / f"{iteration:06d}.jsonl", args.num_completions)
         self.last_episodes = episodes
         return episodes
 
     @torch.no_grad()
-    def sample_and_score(self, numbers: list[int], uniforms: Tensor) -> dict[str, list]:
-        """Answer prompts: everything that `Episodes` holds about each answer, as lists."""
+    def sample_and_score(self, source: Prompts, numbers: list[int], *stream: Any) -> Episodes:
+        """Answer prompts by number, with the random numbers of a stream, each process its share; all get all."""
         args, actor_critic = self.args, self.accelerator.unwrap_model(self.model)
-        policy, critic = actor_critic.policy, actor_critic.critic
-        prompts = [list(self.prompts[number]) for number in numbers]
+        policy, critic = network(actor_critic.policy), network(actor_critic.critic)
+        # One number a token, whoever samples it: two processes answer as one would.
+        uniforms = torch.rand(len(numbers), args.response_length, generator=seeded(args.seed, *stream))
+        share = slice(args.process_index, None, args.world_size)
+        numbers, uniforms = numbers[share], uniforms[share]
+        prompts = [list(source.ids[number]) for number in numbers]
         starts = [len(prompt) for prompt in prompts]
-        batching = {"pad_token_id": self.pad_id, "max_tokens": args.max_tokens}
         actor_critic.eval()
         with self.clock("rollout"), self.accelerator.autocast():
             completions = rollout.generate(
@@ -187,15 +209,18 @@ class PPOTrainer(Trainer):
                 batch_size=args.generation_batch_size,
             )
         responses = [completion.ids for completion in completions]
+        ended = [response[-1] == self.eos_id for response in responses]
         sequences = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+        batching = {"pad_token_id": self.pad_id, "max_tokens": args.max_tokens}
         with self.clock("scoring"), self.accelerator.autocast():
             old = [completion.logprobs for completion in completions]
             if args.bf16 or policy.dtype != torch.float32:  # the sampler's differ from the update's by up to 0.14 there
                 old = rollout.score_logprobs(policy, sequences, starts, temperature=args.temperature, **batching)
-            ref = rollout.score_logprobs(self.ref_model, sequences, starts, temperature=args.temperature, **batching)
+            with self.reference() as reference:
+                ref = rollout.score_logprobs(reference, sequences, starts, temperature=args.temperature, **batching)
             values = rollout.score_values(critic, sequences, starts, **batching)
-            scores = self.score(numbers, prompts, responses, sequences)
-        return {
+            scores = self.rewards(source.rows(numbers), prompts, responses, ended)
+        own = {
             "sequences": sequences,
             "prompt_lengths": starts,
             "old_logprobs": old,
@@ -203,42 +228,58 @@ class PPOTrainer(Trainer):
             # Shifted as the scores are, so that the critic, which starts as the reward model, starts on their scale.
             "values": [value - args.reward_bias for value in values],
             "scores": scores,
-            "ended": [response[-1] == self.eos_id for response in responses],
+            "ended": ended,
         }
+        return Episodes.gather(own, args.world_size)
 
-    def score(self, numbers, prompts, responses, sequences) -> list[float]:
-        """Each response's score, the reward model's bias subtracted (App. C.2)."""
-        scores = torch.full((len(numbers),), -self.args.reward_bias, dtype=torch.float64)
-        if self.reward_model is not None:
-            limits = {"pad_token_id": self.pad_id, "max_tokens": self.args.max_tokens}
-            scores += rollout.score_rewards(self.reward_model, sequences, **limits)
-        if self.reward_funcs:
-            rows = fetch(self.train_dataset, numbers)
-            columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "prompt_ids")}
-            decode = self.processing_class.batch_decode
-            columns["prompts"] = decode(prompts, skip_special_tokens=True)
-            columns["completions"] = decode(responses, skip_special_tokens=True)
-            for function in self.reward_funcs:
-                result = function(completion_ids=responses, **columns)
-                if len(result) != len(numbers):
-                    name = getattr(function, "__name__", type(function).__name__)
-                    raise ValueError(f"reward function {name} gave {len(result)} scores for {len(numbers)} responses")
-                scores += torch.tensor(result, dtype=torch.float64)
-        for response, score in zip(responses, scores.tolist(), strict=True):
-            if score != score or abs(score) == float("inf"):
-                raise ValueError(f"the score of {self.processing_class.decode(response)!r} is {score}")
-        return scores.tolist()
+    @contextmanager
+    def reference(self):
+        """The reference model: a model of its own, or the policy with its adapter switched off."""
+        if self.ref_model is not None:
+            yield self.ref_model
+            return
+        policy = self.accelerator.unwrap_model(self.model).policy
+        with policy.disable_adapter():
+            yield network(policy)
 
     def estimate_advantages(self, episodes: Episodes) -> None:
         """Rewards (KL at every token, the score at the last), then advantages and returns, over the whole batch."""
         args, mask = self.args, episodes.mask
-        scores = episodes.scores - args.missing_eos_penalty * ~episodes.ended
-        rewards = losses.shaped_rewards(scores, episodes.old_logprobs, episodes.ref_logprobs, mask, args.kl_coef)
+        estimate = losses.kl_k1 if args.kl_estimator == "k1" else losses.kl_k3
+        episodes.kl, episodes.kl_coef = estimate(episodes.old_logprobs, episodes.ref_logprobs), self.kl.coef
+        episodes.final_scores = episodes.scores - args.missing_eos_penalty * ~episodes.ended
+        if args.missing_eos_score is not None:
+            episodes.final_scores = torch.where(episodes.ended, episodes.scores, args.missing_eos_score)
+        rewards = losses.shaped_rewards(episodes.final_scores, episodes.kl, mask, episodes.kl_coef)
         if args.whiten_rewards:
             rewards = losses.masked_whiten(rewards, mask, shift_mean=False)
         advantages, episodes.returns = losses.gae(rewards, episodes.values, mask, args.gamma, args.lam)
         # Returns keep the advantages' own scale: the critic predicts rewards, not standard deviations.
         episodes.advantages = losses.masked_whiten(advantages, mask) if args.whiten_advantages else advantages
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Answer held-out prompts, all with the same random numbers every time, and log what the answers score.
+
+        Names as in training behind `eval_`; behind `eval_ema_` what the policy's moving average does.
+        """
+        source = self.eval_prompts if eval_dataset is None else Prompts(eval_dataset, self.processing_class)
+        if source is None:
+            raise ValueError("there are no prompts to evaluate on: pass eval_dataset")
+        metrics: dict[str, float] = {}
+        variants = {metric_key_prefix: nullcontext()}
+        if self.ema:
+            variants[f"{metric_key_prefix}_ema"] = self.ema.applied()
+        kept = self.stats  # evaluation leaves no trace in what the next iteration logs
+        for prefix, weights in variants.items():
+            self.stats = defaultdict(list)
+            with weights:
+                episodes = self.sample_and_score(source, list(range(len(source))), "evaluation")
+            self.estimate_advantages(episodes)
+            metrics |= {f"{prefix}_{name}": float(value) for name, value in evaluation_stats(episodes).items()}
+        self.stats = kept
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     # ---- update ------------------------------------------------------------------------------------------------------
 
@@ -267,7 +308,8 @@ class PPOTrainer(Trainer):
         args = self.args
         num_tokens = int(episodes.mask[rows].sum())  # of the minibatch over all processes
         own = rows[args.process_index :: args.world_size]
-        batches = rollout.length_batches([len(episodes.sequences[row]) for row in own], args.max_tokens)
+        lengths, most = [len(episodes.sequences[row]) for row in own], math.ceil(len(own) / args.micro_batches)
+        batches = rollout.length_batches(lengths, args.max_tokens, most)
         total, stats = torch.zeros((), device=args.device), torch.zeros(len(UPDATE_STATS), device=args.device)
         for number, batch in enumerate(batches):
             micro = [own[index] for index in batch]
@@ -295,8 +337,9 @@ class PPOTrainer(Trainer):
         """Back-propagate `ptx_coef` times the language-modelling loss of the next pretraining examples (eq. 2)."""
         args, count = self.args, self.args.ptx_batch_size
         numbers = self.ptx_order.rows(self.state.global_step * count, count)
-        context = getattr(self.model.policy.config, "max_position_embeddings", None)
-        examples = [list(row["input_ids"][:context]) for row in fetch(self.ptx_dataset, numbers)]
+        context = getattr(network(self.model.policy).config, "max_position_embeddings", None)
+        rows = fetch(self.ptx_dataset, numbers)
+        examples = [document_ids(row, self.processing_class)[:context] for row in rows]
         num_tokens = sum(len(example) - 1 for example in examples)
         denominator = max(num_tokens, 1) if args.ptx_normalization == "token_mean" else count
         own, total = examples[args.process_index :: args.world_size], torch.zeros((), device=args.device)
@@ -377,16 +420,27 @@ class PPOTrainer(Trainer):
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """The policy in `output_dir`, where AutoModelForCausalLM finds it, and the critic in `critic/`."""
+        """The policy (or its adapter) in `output_dir`, where AutoModelForCausalLM finds it; the critic in `critic/`;
+        the moving average's weights and beta beside them."""
         if not self.args.should_save:
             return
         folder, actor_critic = Path(output_dir or self.args.output_dir), self.accelerator.unwrap_model(self.model)
         actor_critic.policy.save_pretrained(folder)
         actor_critic.critic.save_pretrained(folder / "critic")
         self.processing_class.save_pretrained(folder)
+        (folder / STATE).write_text(json.dumps({"kl_coef": self.kl.coef}))
+        if self.ema:
+            self.ema.save(folder)
+
+    def save_ema(self, output_dir: str | Path) -> None:
+        """The policy with the moving average as its weights, as `save_pretrained` writes it."""
+        with self.ema.applied():
+            self.accelerator.unwrap_model(self.model).policy.save_pretrained(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        for module, path in ((self.model.policy, folder), (self.model.critic, folder / "critic")):
-            saved = type(module).from_pretrained(path, dtype=module.dtype, use_safetensors=True)
-            module.load_state_dict(saved.state_dict())
+        load_weights(self.model.policy, folder)
+        load_weights(self.model.critic, folder / "critic")
+        self.kl.coef = json.loads((folder / STATE).read_text())["kl_coef"]
+        if self.ema:
+            self.ema.load(folder)

@@ -4,14 +4,24 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from instructrl.trainers.actor_critic import network
+
+CHOICES = {
+    "kl_estimator": ("k1", "k3"),
+    "ema_every": ("iteration", "step"),
+    "ptx_normalization": ("token_mean", "sequence_sum"),
+}
 
 
 @dataclass
 class PPOConfig(TrainingArguments):
     """Settings of `PPOTrainer`, in the vocabulary of TRL 1.12's PPOConfig. Defaults are the paper's where it has them.
 
-    Batch sizes are over all devices. `max_tokens` and `generation_batch_size` change speed and memory, not results.
+    Batch sizes are over all devices. `max_tokens`, `generation_batch_size` and `gradient_accumulation_steps` (the least
+    number of forward passes a minibatch is cut into) change speed and memory, not results.
 
     Raises:
         ValueError: the settings contradict each other.
@@ -33,6 +43,12 @@ class PPOConfig(TrainingArguments):
     """Passes over an iteration's episodes."""
     kl_coef: float = 0.02
     """beta in eq. 2."""
+    kl_estimator: str = "k1"
+    """What is subtracted from the reward at each token: k1 (the paper's) or k3; see `losses.py`."""
+    kl_target: float | None = None
+    """Nats a response: `kl_coef` is only the first beta of a controller (`kl.py`). None: fixed, as in the paper."""
+    kl_horizon: int = 10_000
+    """Episodes; the controller's (Ziegler et al. 2019)."""
     cliprange: float = 0.2
     cliprange_value: float = 0.2
     """Our choice: the paper does not say whether values are clipped; TRL's default."""
@@ -49,6 +65,10 @@ class PPOConfig(TrainingArguments):
     """Tokens a response may have."""
     missing_eos_penalty: float = 1.0
     """Subtracted from the score of a response that did not end by itself."""
+    missing_eos_score: float | None = None
+    """The score of a response that did not end by itself, in place of its own and of the penalty (arXiv 2403.17031)."""
+    stop_token_id: int | None = None
+    """The token that ends a response; None: the tokenizer's EOS."""
     reward_bias: float = 0.0
     """The demonstrations' mean score, subtracted from every score and from the critic's values (App. C.2)."""
     ptx_coef: float = 0.0
@@ -58,10 +78,21 @@ class PPOConfig(TrainingArguments):
     ptx_normalization: str = "token_mean"
     """`token_mean`: the pretraining loss is a mean over a minibatch's tokens; `sequence_sum`: a sum over an example's
     tokens, averaged over examples. The paper does not say, and `ptx_coef` only has a meaning together with it."""
+    ema_decay: float = 0.992
+    """Of the moving average of the policy's weights (App. C.4); 0: none. See `ema.py`."""
+    ema_every: str = "iteration"
+    """When the average moves: every `iteration` or every `step`. The paper does not say; its horizon of 125 fits 500
+    iterations."""
     max_tokens: int = 4096
     """Padded tokens of a forward pass, in scoring and in updates."""
     generation_batch_size: int = 128
     """Sequences decoded together."""
+    completions_every: int = 0
+    """Iterations between tables of sampled completions, the last iteration's included; 0: none."""
+    num_completions: int = 8
+    """Rows of such a table."""
+    completions_dir: str | None = None
+    """Where the tables go, one JSON Lines file each; None: `completions` in `output_dir`."""
     max_grad_norm: float = 1.0
     """For the policy and for the critic, each."""
     adam_beta2: float = 0.95
@@ -69,6 +100,7 @@ class PPOConfig(TrainingArguments):
     logging_nan_inf_filter: bool = False
 
     def __post_init__(self):
+        eval_steps = self.eval_steps
         super().__post_init__()
         shares = self.num_mini_batches * self.world_size
         if self.batch_size % shares:
@@ -80,10 +112,13 @@ class PPOConfig(TrainingArguments):
             raise ValueError(f"total_episodes={self.total_episodes} is less than one batch_size={self.batch_size}")
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature}: PPO explores by sampling, so it must be above 0")
-        if self.ptx_normalization not in ("token_mean", "sequence_sum"):
-            raise ValueError(f"ptx_normalization={self.ptx_normalization!r} is neither token_mean nor sequence_sum")
-        if self.gradient_accumulation_steps != 1:
-            raise ValueError("gradient_accumulation_steps means nothing in PPO: max_tokens bounds a forward pass")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is neither {' nor '.join(choices)}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay} must be at least 0 (none) and below 1")
+        if self.kl_target is not None and self.kl_target <= 0:
+            raise ValueError(f"kl_target={self.kl_target} must be above 0; None keeps kl_coef fixed")
         if self.fp16:
             raise ValueError("fp16 needs one loss scaler, but policy and critic are clipped apart: set bf16 instead")
         # One Trainer step is one minibatch; what Trainer logs falls on iterations.
@@ -91,6 +126,9 @@ class PPOConfig(TrainingArguments):
         self.num_iterations = math.ceil(self.total_episodes / self.batch_size)
         self.max_steps = self.num_iterations * self.steps_per_iteration
         self.logging_steps = self.steps_per_iteration
+        self.eval_steps = eval_steps or self.steps_per_iteration
+        # Trainer's accumulation would count our minibatches; ours is within one.
+        self.micro_batches, self.gradient_accumulation_steps = self.gradient_accumulation_steps, 1
         self.per_device_train_batch_size = self.batch_size // shares
         self.ignore_data_skip = True  # a resumed run begins with the right iteration by itself
         self._n_gpu = min(self.n_gpu, 1)  # no DataParallel, which cannot split our batches: use torchrun
@@ -101,23 +139,24 @@ class PPOConfig(TrainingArguments):
         return round(self.ptx_ratio * self.batch_size / self.num_mini_batches)
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str = "tokenizer") -> None:
     """Raises ValueError unless it has an EOS token and another one for padding."""
     if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no EOS token, so no response could ever end: set tokenizer.eos_token")
+        raise ValueError(f"the {name} has no EOS token, so no response could ever end: set tokenizer.eos_token")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise ValueError(
-            "the tokenizer's pad token is missing or the same as EOS, which would hide where a response ends: add one "
+            f"the {name}'s pad token is missing or the same as EOS, which would hide where a response ends: add one "
             "with tokenizer.add_special_tokens({'pad_token': '<|pad|>'}) and resize the models' embeddings"
         )
 
 
 def check_models(
-    policy: PreTrainedModel,
-    critic: PreTrainedModel | None,
+    policy: PreTrainedModel | PeftModel,
+    critic: PreTrainedModel | PeftModel | None,
     reference: PreTrainedModel | None,
-    reward_model: PreTrainedModel | None,
+    reward_model: PreTrainedModel | PeftModel | None,
     tokenizer: PreTrainedTokenizerBase,
+    reward_tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
     """Raises ValueError if two models share weights, or one cannot do what it is there for."""
     if critic is None:
@@ -132,15 +171,15 @@ def check_models(
             "change too: load the reward model a second time"
         )
     for name, model in (("value_model", critic), ("reward_model", reward_model)):
-        if model is None:
-            continue
-        if getattr(model, "score", None) is None or model.config.num_labels != 1:
+        if model is not None and (getattr(network(model), "score", None) is None or model.config.num_labels != 1):
             raise ValueError(f"{name} must be a sequence-classification model with one label and a `score` head")
-    for name, model in (("policy", policy), ("value_model", critic), ("reward_model", reward_model)):
-        if model is not None and model.get_input_embeddings().num_embeddings < len(tokenizer):
+    roles = (("policy", policy, tokenizer), ("value_model", critic, tokenizer))
+    for name, model, words in (*roles, ("reward_model", reward_model, reward_tokenizer or tokenizer)):
+        if model is not None and network(model).get_input_embeddings().num_embeddings < len(words):
+            size = network(model).get_input_embeddings().num_embeddings
             raise ValueError(
-                f"the {name}'s vocabulary ({model.get_input_embeddings().num_embeddings}) is smaller than the "
-                f"tokenizer's ({len(tokenizer)}): all models must share one tokenizer"
+                f"the {name}'s vocabulary ({size}) is smaller than the tokenizer's ({len(words)}): policy and critic "
+                "must share one tokenizer, and a reward model with its own needs reward_processing_class"
             )
 
 

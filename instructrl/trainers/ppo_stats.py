@@ -8,25 +8,44 @@ from instructrl.trainers.losses import kl_k1, kl_k3
 from instructrl.trainers.ppo_config import PPOConfig
 
 
-def episode_stats(episodes: Episodes, args: PPOConfig) -> dict[str, Tensor]:
+def episode_stats(episodes: Episodes) -> dict[str, Tensor]:
     """What an iteration's episodes tell: sums over a response's tokens, means over responses."""
     mask = episodes.mask
     kl = kl_k1(episodes.old_logprobs, episodes.ref_logprobs).mul(mask).sum(1)
     k3 = kl_k3(episodes.old_logprobs, episodes.ref_logprobs).mul(mask).sum(1)
-    penalised = episodes.scores - args.missing_eos_penalty * ~episodes.ended
+    cost = episodes.kl_coef * episodes.kl.mul(mask).sum(1)  # what the penalty takes, as rewards count it
     returns, errors = episodes.returns[mask], (episodes.returns - episodes.values)[mask]
     return {
         "objective/scores": episodes.scores.mean(),
         "objective/scores_std": episodes.scores.std(unbiased=False),
         "objective/kl": kl.mean(),  # 0 at first; negative on average: sampled from another distribution than scored
         "objective/kl_k3": k3.mean(),
-        "objective/non_score_reward": -args.kl_coef * kl.mean(),
-        "objective/rlhf_reward": (penalised - args.kl_coef * kl).mean(),
+        "objective/kl_coef": torch.tensor(episodes.kl_coef),
+        "objective/non_score_reward": -cost.mean(),
+        "objective/rlhf_reward": (episodes.final_scores - cost).mean(),
         "objective/entropy": -episodes.old_logprobs.mul(mask).sum(1).mean(),
         "val/explained_var": 1 - errors.var(unbiased=False) / (returns.var(unbiased=False) + 1e-8),
         "val/num_eos_tokens": episodes.ended.sum(),
         "completions/mean_length": mask.sum(1).float().mean(),
     }
+
+
+EVALUATED = (
+    "objective/scores",
+    "objective/scores_std",
+    "objective/kl",
+    "objective/non_score_reward",
+    "objective/rlhf_reward",
+    "objective/entropy",
+    "val/num_eos_tokens",
+    "completions/mean_length",
+)
+
+
+def evaluation_stats(episodes: Episodes) -> dict[str, Tensor]:
+    """What of `episode_stats` says something of a policy on held-out prompts."""
+    stats = episode_stats(episodes)
+    return {name: stats[name] for name in EVALUATED}
 
 
 UPDATE_STATS = (

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
@@ -81,11 +81,12 @@ def token_scores(model: PreTrainedModel, input_ids: Tensor, where: Tensor) -> Te
 # ---- sequences of different lengths ----------------------------------------------------------------------------------
 
 
-def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def length_batches(lengths: Sequence[int], max_tokens: int, max_rows: int | None = None) -> list[list[int]]:
     """Row numbers in batches of like length, longest first, each of at most `max_tokens` after padding, or one row."""
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True):
-        if batches and (len(batches[-1]) + 1) * max(lengths[batches[-1][0]], 1) <= max_tokens:
+        size = len(batches[-1]) + 1 if batches else 0
+        if batches and size <= (max_rows or size) and size * max(lengths[batches[-1][0]], 1) <= max_tokens:
             batches[-1].append(row)
         else:
             batches.append([row])
@@ -273,16 +274,3 @@ def draw(logits: Tensor, temperature: float, uniforms: Tensor | None) -> tuple[T
     threshold = uniforms[:, None] * cumulative[:, -1:]
     token = torch.searchsorted(cumulative, threshold, right=True).clamp(max=logits.shape[-1] - 1)
     return token[:, 0], logprobs.gather(1, token)[:, 0]
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0, module or attribute, and leave the configuration as it is.
-
-    With dropout a policy differs from itself between sampling and update: the ratio is off before the first step.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
