@@ -48,7 +48,7 @@ def models_of(workload: dict) -> dict:
     if workload["lora"]:
         from peft import LoraConfig, get_peft_model
 
-        layers = "c_attn" if architecture == "gpt2" else ["q_proj", "v_proj"]
+        layers = ["c_attn"] if architecture == "gpt2" else ["q_proj", "v_proj"]
         model = get_peft_model(model, LoraConfig(r=8, target_modules=layers, fan_in_fan_out=architecture == "gpt2"))
     return {
         "model": model,
@@ -89,7 +89,9 @@ def ours(player: Player, workload: dict, folder: str):
     def facts() -> dict:
         """Lengths of prompts and responses of the iteration, for the floor."""
         episodes = trainer.last_episodes
-        lengths = [[start, len(ids) - start] for ids, start in zip(episodes.sequences, episodes.prompt_lengths)]
+        lengths = [
+            [start, len(ids) - start] for ids, start in zip(episodes.sequences, episodes.prompt_lengths, strict=True)
+        ]
         return {"response_tokens": sum(response for _, response in lengths), "lengths": lengths}
 
     trainer = PPOTrainer(
