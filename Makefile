@@ -8,7 +8,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 FAST := not slow and not gpu and not network
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow check clean
+.PHONY: help run test test-slow check bench-ppo clean
 
 help: ## Show these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -28,6 +28,9 @@ check: $(VENV)/.installed-dev ## Check style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ty check instructrl --exclude instructrl/stages --exclude instructrl/trainers # torch types most calls too loosely
+
+bench-ppo: $(TRL_MIN)/.installed ## Measure PPO beside TRL 1.12's: speed, memory, share of the floor
+	$(TRL_MIN)/bin/python tests/benchmarks/bench_ppo.py
 
 clean: ## Remove the environment, caches and builds; artifacts stay
 	rm -rf $(VENV) $(TRL_MIN) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

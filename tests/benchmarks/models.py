@@ -1,0 +1,90 @@
+"""Models, prompts and a tokenizer for the benchmarks, made from a seed: nothing is downloaded or trained.
+
+The weights are random, but a response ends after each token with a chosen probability, as a trained policy's does: its
+lengths, on which most of the difference between trainers depends, are geometric. One coordinate of the last hidden
+state is constant, and its weights in the head are so a bias on the logits: high for EOS, very low for padding.
+"""
+
+import math
+import random
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+EOS, PAD = 0, 1
+WIDTH, LAYERS, HEADS, CONTEXT = 128, 4, 4, 256
+
+
+def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """Words w2, w3, ...; it pads on the left, which TRL's PPOTrainer needs to generate."""
+    words = {"<eos>": EOS, "<pad>": PAD} | {f"w{i}": i for i in range(2, vocabulary)}
+    model = Tokenizer(WordLevel(words, unk_token="<eos>"))
+    model.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<eos>", pad_token="<pad>", padding_side="left")
+
+
+def config(architecture: str, vocabulary: int, **options):
+    special = {"eos_token_id": EOS, "pad_token_id": PAD, "bos_token_id": EOS, "vocab_size": vocabulary} | options
+    if architecture == "gpt2":
+        dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        return GPT2Config(n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, n_positions=CONTEXT, **dropout, **special)
+    return LlamaConfig(
+        hidden_size=WIDTH,
+        intermediate_size=344,  # 8/3 of the width, in multiples of 8: as many weights as GPT-2's MLP has
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=CONTEXT,
+        **special,
+    )
+
+
+def policy(architecture: str, vocabulary: int, end_probability: float, seed: int = 0) -> PreTrainedModel:
+    """A causal language model each of whose tokens is EOS with about that probability."""
+    torch.manual_seed(seed)
+    kind = GPT2LMHeadModel if architecture == "gpt2" else LlamaForCausalLM
+    model = kind(config(architecture, vocabulary))
+    head = model.get_output_embeddings().weight
+    with torch.no_grad():
+        if architecture == "gpt2":
+            model.base_model.ln_f.weight[0], model.base_model.ln_f.bias[0] = 0.0, 1.0
+        else:  # RMSNorm has no bias: keep the coordinate constant from the embedding on
+            model.base_model.embed_tokens.weight[:, 0] = 1.0
+            for layer in model.base_model.layers:
+                layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0.0
+        constant = model.base_model(torch.arange(2, 34)[None]).last_hidden_state[0, :, 0].mean()
+        head[:, 0] = 0.0
+        head[EOS, 0] = math.log((vocabulary - 2) * end_probability / (1 - end_probability)) / constant
+        head[PAD, 0] = -30 / constant
+    return model
+
+
+def scorer(architecture: str, vocabulary: int, seed: int) -> PreTrainedModel:
+    """A reward model or critic."""
+    torch.manual_seed(seed)
+    kind = GPT2ForSequenceClassification if architecture == "gpt2" else LlamaForSequenceClassification
+    return kind(config(architecture, vocabulary, num_labels=1))
+
+
+def sequences(count: int, vocabulary: int, shortest: int, longest: int, seed: int) -> list[list[int]]:
+    """Random ids of evenly spread lengths, none of them special."""
+    rng = random.Random(seed)
+    return [[rng.randrange(2, vocabulary) for _ in range(rng.randint(shortest, longest))] for _ in range(count)]
+
+
+def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask [rows, longest], padded on the right."""
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=PAD)
+    return ids, (ids != PAD).long()
