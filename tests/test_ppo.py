@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PrinterCallback, TrainerCallback
 
 from instructrl.trainers import rollout
+from instructrl.trainers.packing import Pack
 from instructrl.trainers.ppo import PPOConfig, PPOTrainer
 
 PROMPTS = [{"prompt_ids": ids} for ids in tiny.sequences(11, 1, 12)]
@@ -201,10 +202,9 @@ def test_the_critic_starts_at_the_score(tmp_path, architecture):
     ended = [row for row in range(8) if episodes.ended[row]]
     assert ended
     for row in ended:
-        ids = torch.tensor([episodes.sequences[row]])
-        where = torch.zeros_like(ids, dtype=torch.bool)
-        where[0, -1] = True
-        value = rollout.token_scores(made.model.critic, ids, where) - made.args.reward_bias
+        ids = episodes.sequences[row]
+        pack = Pack.of([ids], [range(len(ids) - 1, len(ids))], tiny.PAD, "cpu")
+        value = rollout.token_scores(made.model.critic, pack) - made.args.reward_bias
         assert value.item() == pytest.approx(episodes.scores[row].item(), abs=1e-5)
 
 
@@ -271,9 +271,7 @@ def test_without_ptx_coef_the_pretraining_data_change_nothing(tmp_path):
 def test_eight_pretraining_examples_an_episode_and_every_one_once_a_pass(tmp_path):
     made = trainer(tmp_path, ptx_coef=1.0, total_episodes=32)
     used = []
-    made.padded = lambda sequences, starts: (
-        used.extend(map(tuple, sequences)) or PPOTrainer.padded(made, sequences, starts)
-    )
+    made.pack = lambda sequences, starts: used.extend(map(tuple, sequences)) or PPOTrainer.pack(made, sequences, starts)
     made.train()
     documents = [tuple(row["input_ids"]) for row in DOCUMENTS]
     pretraining = [ids for ids in used if ids in set(documents)]
@@ -318,7 +316,7 @@ def test_micro_batches_do_not_change_the_gradient(tmp_path, architecture):
     passes = []
     for made in split:
         made.args.max_steps = 1
-        made.padded = lambda *inputs, made=made: passes.append(made) or PPOTrainer.padded(made, *inputs)
+        made.pack = lambda *inputs, made=made: passes.append(made) or PPOTrainer.pack(made, *inputs)
         made.train()
     assert [passes.count(made) for made in split[:2]] == [2, 4 + 8]  # one of each kind, or one a sequence
     assert passes.count(split[3]) == 3

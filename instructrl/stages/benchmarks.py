@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from instructrl.stages.tables import read_table
 from instructrl.stages.template import Template
-from instructrl.trainers.rollout import length_batches, next_token_logits, pad_right, score_logprobs
+from instructrl.trainers.packing import Pack, outputs
+from instructrl.trainers.rollout import length_batches, next_token_logits, score_logprobs
 
 Question = tuple[list[int], list[list[int]]]
 """A context and its choices, as ids."""
@@ -65,12 +66,9 @@ def choice_scores(
     scores = [[0.0] * len(choices) for _, choices in questions]
     for batch in length_batches([len(sequence) for sequence, _ in keys], max_tokens):
         rows = [keys[index] for index in batch]
-        ids = pad_right([sequence for sequence, _ in rows], pad_token_id, model.device)
-        columns = torch.arange(ids.shape[1])[None]
-        start = torch.tensor([before - 1 for _, before in rows])[:, None]
-        end = torch.tensor([len(sequence) for sequence, _ in rows])[:, None]
-        where = ((columns >= start) & (columns < end)).to(model.device)
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[where]
+        wanted = [range(before - 1, len(sequence)) for sequence, before in rows]
+        pack = Pack.of([sequence for sequence, _ in rows], wanted, pad_token_id, model.device)
+        hidden = outputs(model.base_model, pack)  # [choice positions, H]
         logits = next_token_logits(model, hidden, pad_token_id).float()  # [choice positions, V]
         places, tokens, owners, first = [], [], [], 0
         for sequence, before in rows:

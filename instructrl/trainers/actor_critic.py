@@ -9,24 +9,23 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.activations import NewGELUActivation
 
 from instructrl.trainers import rollout
+from instructrl.trainers.packing import Pack
 
 
 class ActorCritic(nn.Module):
     """Policy and critic as one module, for one optimizer and one DDP wrapper. They share no weights (App. C.4)."""
 
-    def __init__(self, policy: PreTrainedModel | PeftModel, critic: PreTrainedModel | PeftModel, pad_token_id: int):
+    def __init__(self, policy: PreTrainedModel | PeftModel, critic: PreTrainedModel | PeftModel):
         super().__init__()
-        self.policy, self.critic, self.pad_token_id = policy, critic, pad_token_id
+        self.policy, self.critic = policy, critic
         self.config = copy.deepcopy(policy.config)  # Trainer writes into it; the policy's own is saved with the policy
 
-    def forward(self, input_ids: Tensor, predicts: Tensor, temperature: float, values: bool = True):
-        """Log-probabilities of, and values before, the tokens that follow `predicts` [B, T] -> [M], [M] or None."""
-        policy, critic = network(self.policy), network(self.critic)
-        logprobs = rollout.response_logprobs(policy, input_ids, predicts, temperature, self.pad_token_id)
-        return logprobs, rollout.token_scores(critic, input_ids, predicts) if values else None
+    def forward(self, pack: Pack, temperature: float, values: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities of, and values before, the tokens that follow the wanted ones -> [M], [M] or None."""
+        logprobs = rollout.response_logprobs(network(self.policy), pack, temperature)
+        return logprobs, rollout.token_scores(network(self.critic), pack) if values else None
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         network(self.policy).activation_checkpointing_enable(**options)
@@ -58,14 +57,6 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-
-
-def fuse_gelu(model: nn.Module) -> None:
-    """Put torch's fused tanh-GELU in the place of GPT-2's, which is the same function in eight operations."""
-    for module in model.modules():
-        for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation):
-                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 def freeze(model: PreTrainedModel | PeftModel, device: torch.device) -> None:

@@ -17,7 +17,7 @@ def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) ->
     scaled = logits if logits.dtype == torch.float64 else logits.float()
     if temperature != 1.0:
         scaled = scaled / temperature
-    return scaled.gather(1, targets[:, None])[:, 0] - scaled.logsumexp(1)
+    return -F.cross_entropy(scaled, targets, reduction="none")
 
 
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:

@@ -24,11 +24,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from instructrl.trainers import losses, rollout
-from instructrl.trainers.actor_critic import ActorCritic, disable_dropout, freeze, fuse_gelu, load_weights, network
+from instructrl.trainers.actor_critic import ActorCritic, disable_dropout, freeze, load_weights, network
 from instructrl.trainers.completions import write_completions
 from instructrl.trainers.ema import EMA
 from instructrl.trainers.experience import Episodes, Experience, Passes, seeded
+from instructrl.trainers.gelu import fuse_gelu
 from instructrl.trainers.kl import KLController
+from instructrl.trainers.packing import Pack
 from instructrl.trainers.ppo_config import PPOConfig, check_models, check_prompts, check_tokenizer
 from instructrl.trainers.ppo_stats import UPDATE_STATS, episode_stats, evaluation_stats, gradient_stats, update_stats
 from instructrl.trainers.prompts import Prompts, document_ids, fetch
@@ -139,7 +141,7 @@ class PPOTrainer(Trainer):
         self.stats: dict[str, list[float | Tensor]] = defaultdict(list)  # since the last log line
         self.last_episodes: Episodes | None = None
         super().__init__(
-            model=ActorCritic(model, value_model, self.pad_id),
+            model=ActorCritic(model, value_model),
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -315,14 +317,14 @@ class PPOTrainer(Trainer):
             micro = [own[index] for index in batch]
             mask = episodes.mask[micro]
             old, advantages, old_values, returns = (
-                column[micro][mask].to(args.device)  # [M], row after row, as `predicts` lays the tokens out
+                column[micro][mask].to(args.device)  # [M], row after row, as the pack has them
                 for column in (episodes.old_logprobs, episodes.advantages, episodes.values, episodes.returns)
             )
             sequences, starts = [episodes.sequences[i] for i in micro], [episodes.prompt_lengths[i] for i in micro]
             # Gradients are averaged over processes, once, on the last backward pass; hence the factor.
             with self.accelerator.no_sync(model) if number < len(batches) - 1 else nullcontext():
                 with self.compute_loss_context_manager():
-                    logprobs, values = model(*self.padded(sequences, starts), temperature=args.temperature)
+                    logprobs, values = model(self.pack(sequences, starts), temperature=args.temperature)
                     values = values - args.reward_bias
                     policy = losses.policy_loss(logprobs, old, advantages, args.cliprange)
                     value = losses.value_loss(values, old_values, returns, args.cliprange_value)
@@ -345,18 +347,18 @@ class PPOTrainer(Trainer):
         own, total = examples[args.process_index :: args.world_size], torch.zeros((), device=args.device)
         with self.accelerator.no_sync(model):  # the PPO gradients' last backward pass averages these with its own
             for batch in rollout.length_batches([len(example) for example in own], args.max_tokens):
-                inputs = self.padded([own[index] for index in batch], [1] * len(batch))
+                pack = self.pack([own[index] for index in batch], [1] * len(batch))
                 with self.compute_loss_context_manager():
-                    logprobs, _ = model(*inputs, temperature=1.0, values=False)
+                    logprobs, _ = model(pack, temperature=1.0, values=False)
                     loss = losses.ptx_loss(logprobs, denominator) * args.world_size
                 self.accelerator.backward(args.ptx_coef * loss)
                 total += loss.detach()
         self.record({"loss/ptx": total})
 
-    def padded(self, sequences: list[list[int]], prompt_lengths: list[int]) -> tuple[Tensor, Tensor]:
-        """input_ids [b, T], padded on the right, and predicts [b, T]."""
-        input_ids = rollout.pad_right(sequences, self.pad_id, self.args.device)
-        return input_ids, rollout.predicting_positions(sequences, prompt_lengths, self.args.device)
+    def pack(self, sequences: list[list[int]], prompt_lengths: list[int]) -> Pack:
+        """The sequences, and in each the positions that predict what follows its first `prompt_lengths` tokens."""
+        wanted = [rollout.predicting(ids, start) for ids, start in zip(sequences, prompt_lengths, strict=True)]
+        return Pack.of(sequences, wanted, self.pad_id, self.args.device)
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip policy and critic each by itself: a surprised critic must not shorten the policy's step."""

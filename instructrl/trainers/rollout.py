@@ -1,18 +1,19 @@
 """Sampling responses, and scoring them: log-probabilities, values and rewards of token sequences.
 
-A sequence is a prompt's ids followed by a response's. Only the sampler pads on the left; everything else pads on the
-right, where causal attention never looks, so that positions count from 0 and no attention mask is needed.
+A sequence is a prompt's ids followed by a response's. Sequences are packed (`packing.py`), so that positions count from
+0 and no attention mask is needed; only the sampler's KV cache is padded, on the left.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from instructrl.trainers.losses import token_logprobs
+from instructrl.trainers.packing import Pack, can_pack, outputs, packed_forward
 
 DROP_BELOW = 0.75  # finished rows leave the batch when fewer than this share of it goes on: leaving copies the cache
 
@@ -37,17 +38,24 @@ def next_token_logits(model: PreTrainedModel, hidden: Tensor, pad_token_id: int 
     would be taken for padding. Sampling, policy, reference and pretraining loss all come through here, so that what is
     sampled is exactly what is scored.
     """
-    logits = model.get_output_embeddings()(hidden)
-    scale, cap = logit_transform(model)
+    head, (scale, cap) = model.get_output_embeddings(), logit_transform(model)
+    plain = type(head) is nn.Linear and scale == 1.0 and not cap
+    if plain and head.bias is None and pad_token_id is not None:
+        # As the product's bias it costs nothing; added afterwards it would copy [..., V].
+        return F.linear(hidden, head.weight, padding_bias(head.weight[:, 0], pad_token_id))
+    logits = head(hidden)
     if scale != 1.0:
         logits = logits * scale
     if cap:
         logits = torch.tanh(logits / cap) * cap
-    if pad_token_id is None:
-        return logits
-    pad = torch.zeros(logits.shape[-1], dtype=logits.dtype, device=logits.device)
-    pad[pad_token_id] = float("-inf")
-    return logits + pad
+    return logits if pad_token_id is None else logits + padding_bias(logits.flatten(0, -2)[0], pad_token_id)
+
+
+def padding_bias(like: Tensor, pad_token_id: int) -> Tensor:
+    """0, and -inf for the padding token: [V], as `like` is in shape, precision and device."""
+    bias = torch.zeros_like(like)
+    bias[pad_token_id] = float("-inf")
+    return bias
 
 
 def logit_transform(model: PreTrainedModel) -> tuple[float, float | None]:
@@ -57,24 +65,19 @@ def logit_transform(model: PreTrainedModel) -> tuple[float, float | None]:
     return scale, getattr(config, "final_logit_softcapping", None)
 
 
-def response_logprobs(
-    model: PreTrainedModel, input_ids: Tensor, predicts: Tensor, temperature: float, pad_token_id: int | None
-) -> Tensor:
-    """log p of the tokens that follow the positions in `predicts`, flat in row-major order.
+def response_logprobs(model: PreTrainedModel, pack: Pack, temperature: float) -> Tensor:
+    """log p of the tokens that follow the pack's wanted positions. -> [M]
 
-    input_ids, predicts [B, T] (right-padded) -> [M]. Prompt and padding positions never reach the head: on a large
-    vocabulary it is the most expensive layer.
+    Prompt positions never reach the head: on a large vocabulary it is the most expensive layer.
     """
-    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[predicts]  # [M, H]
-    logits = next_token_logits(model, hidden, pad_token_id)  # [M, V]
-    targets = input_ids.roll(-1, dims=1)[predicts]  # [M]
-    return token_logprobs(logits, targets, temperature or 1.0)
+    hidden = outputs(model.base_model, pack)  # [M, H]
+    logits = next_token_logits(model, hidden, pack.pad_token_id)  # [M, V]
+    return token_logprobs(logits, pack.targets, temperature or 1.0)
 
 
-def token_scores(model: PreTrainedModel, input_ids: Tensor, where: Tensor) -> Tensor:
-    """A reward model's or critic's scalar at the positions in `where`. input_ids, where [B, T] -> [M]."""
-    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[where]
-    scores = model.score(hidden)[:, 0]
+def token_scores(model: PreTrainedModel, pack: Pack) -> Tensor:
+    """A reward model's or critic's scalar at the pack's wanted positions. -> [M]"""
+    scores = model.score(outputs(model.base_model, pack))[:, 0]
     return scores if scores.dtype == torch.float64 else scores.float()
 
 
@@ -82,7 +85,10 @@ def token_scores(model: PreTrainedModel, input_ids: Tensor, where: Tensor) -> Te
 
 
 def length_batches(lengths: Sequence[int], max_tokens: int, max_rows: int | None = None) -> list[list[int]]:
-    """Row numbers in batches of like length, longest first, each of at most `max_tokens` after padding, or one row."""
+    """Row numbers in batches of like length, longest first, each of at most `max_tokens` if it were padded, or one row.
+
+    A bound on padded tokens holds for models that cannot be packed, and bounds what attention pads for those that can.
+    """
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True):
         size = len(batches[-1]) + 1 if batches else 0
@@ -93,34 +99,25 @@ def length_batches(lengths: Sequence[int], max_tokens: int, max_rows: int | None
     return batches
 
 
-def pad_right(sequences: Sequence[Sequence[int]], pad_token_id: int, device: torch.device | str) -> Tensor:
-    """[B, T] int64."""
-    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
-    return pad_sequence(rows, batch_first=True, padding_value=pad_token_id).to(device)
+def predicting(sequence: Sequence[int], prompt_length: int) -> range:
+    """The positions whose next token belongs to the response."""
+    return range(prompt_length - 1, len(sequence) - 1)
 
 
-def predicting_positions(sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int], device) -> Tensor:
-    """[B, T] bool: the positions whose next token belongs to the response."""
-    columns = torch.arange(max(map(len, sequences)))[None]
-    start = torch.tensor(prompt_lengths)[:, None] - 1
-    end = torch.tensor([len(sequence) for sequence in sequences])[:, None] - 1
-    return ((columns >= start) & (columns < end)).to(device)
-
-
-def _padded(
-    sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int], pad_token_id: int, max_tokens: int, device
-) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """(row numbers, input_ids [b, T], predicts [b, T]) for each length-sorted batch."""
+def _per_row(
+    model: PreTrainedModel,
+    sequences: Sequence[Sequence[int]],
+    wanted: Sequence[range],
+    pad_token_id: int,
+    max_tokens: int,
+    of: Callable[[Pack], Tensor],
+) -> list[Tensor]:
+    """`of` each sequence's wanted positions, in length-sorted batches; on the CPU, one tensor a sequence."""
+    result: list[Tensor] = [torch.empty(0)] * len(sequences)
     for rows in length_batches([len(sequence) for sequence in sequences], max_tokens):
-        batch, starts = [sequences[row] for row in rows], [prompt_lengths[row] for row in rows]
-        yield rows, pad_right(batch, pad_token_id, device), predicting_positions(batch, starts, device)
-
-
-def _per_response(flat: Iterable[tuple[list[int], Tensor]], lengths: Sequence[int]) -> list[Tensor]:
-    """Cut each batch's flat result [M] into its rows' tensors, in the order of the rows' numbers."""
-    result: list[Tensor] = [torch.empty(0)] * len(lengths)
-    for rows, values in flat:
-        for row, part in zip(rows, values.cpu().split([lengths[row] for row in rows]), strict=True):
+        chosen = [wanted[row] for row in rows]
+        pack = Pack.of([sequences[row] for row in rows], chosen, pad_token_id, model.device)
+        for row, part in zip(rows, of(pack).cpu().split([len(places) for places in chosen]), strict=True):
             result[row] = part
     return result
 
@@ -136,10 +133,10 @@ def score_logprobs(
     max_tokens: int,
 ) -> list[Tensor]:
     """Log-probabilities of each sequence's response tokens: [response length] float32 on the CPU, one a sequence."""
-    lengths = [len(sequence) - start for sequence, start in zip(sequences, prompt_lengths, strict=True)]
-    batches = _padded(sequences, prompt_lengths, pad_token_id, max_tokens, model.device)
-    flat = ((rows, response_logprobs(model, ids, where, temperature, pad_token_id)) for rows, ids, where in batches)
-    return _per_response(flat, lengths)
+    wanted = [predicting(sequence, start) for sequence, start in zip(sequences, prompt_lengths, strict=True)]
+    return _per_row(
+        model, sequences, wanted, pad_token_id, max_tokens, lambda pack: response_logprobs(model, pack, temperature)
+    )
 
 
 @torch.no_grad()
@@ -152,9 +149,8 @@ def score_values(
     max_tokens: int,
 ) -> list[Tensor]:
     """The critic's scalar before each response token: [response length] float32 on the CPU, one a sequence."""
-    lengths = [len(sequence) - start for sequence, start in zip(sequences, prompt_lengths, strict=True)]
-    batches = _padded(sequences, prompt_lengths, pad_token_id, max_tokens, critic.device)
-    return _per_response(((rows, token_scores(critic, ids, where)) for rows, ids, where in batches), lengths)
+    wanted = [predicting(sequence, start) for sequence, start in zip(sequences, prompt_lengths, strict=True)]
+    return _per_row(critic, sequences, wanted, pad_token_id, max_tokens, lambda pack: token_scores(critic, pack))
 
 
 @torch.no_grad()
@@ -162,14 +158,11 @@ def score_rewards(
     reward_model: PreTrainedModel, sequences: Sequence[Sequence[int]], *, pad_token_id: int, max_tokens: int
 ) -> Tensor:
     """The reward model's scalar at each sequence's last token: [B] float64 on the CPU. No bias is subtracted."""
-    rewards = torch.zeros(len(sequences), dtype=torch.float64)
-    for rows in length_batches([len(sequence) for sequence in sequences], max_tokens):
-        batch = [sequences[row] for row in rows]
-        last = torch.tensor([len(sequence) - 1 for sequence in batch])
-        where = (torch.arange(max(map(len, batch)))[None] == last[:, None]).to(reward_model.device)
-        input_ids = pad_right(batch, pad_token_id, reward_model.device)
-        rewards[rows] = token_scores(reward_model, input_ids, where).double().cpu()
-    return rewards
+    last = [range(len(sequence) - 1, len(sequence)) for sequence in sequences]
+    scores = _per_row(
+        reward_model, sequences, last, pad_token_id, max_tokens, lambda pack: token_scores(reward_model, pack)
+    )
+    return torch.cat(scores).double() if scores else torch.zeros(0, dtype=torch.float64)
 
 
 # ---- sampling --------------------------------------------------------------------------------------------------------
@@ -223,22 +216,17 @@ def generate(
 
 def _generate_batch(model, prompts, max_new_tokens, temperature, stops, pad_token_id, uniforms) -> list[Completion]:
     """Decode one batch with a KV cache. Rows that have finished leave the batch, cache and all."""
-    device, size, width = model.device, len(prompts), max(map(len, prompts))
-    input_ids = torch.tensor([[pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=device)  # [B, P]
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    # Absolute positions (GPT-2) must count from each row's first real token, not from the padding.
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache(config=model.config)
+    device, size = model.device, len(prompts)
     tokens = torch.full((size, max_new_tokens), pad_token_id, device=device)
     logprobs = torch.zeros((size, max_new_tokens), device=device)
     lengths = torch.full((size,), max_new_tokens, device=device)
     rows = torch.arange(size, device=device)  # which prompt each row of the batch answers
     going = torch.ones(size, dtype=torch.bool, device=device)
+    cache = DynamicCache(config=model.config)
+    hidden, mask = prefill(model.base_model, prompts, pad_token_id, cache)  # [B, H], [B, P]
+    positions = mask.sum(1, keepdim=True) - 1  # absolute positions count from a row's first token, not from the padding
     for step in range(max_new_tokens):
-        output = model.base_model(
-            input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        )
-        logits = next_token_logits(model, output.last_hidden_state[:, -1], pad_token_id)  # [b, V]
+        logits = next_token_logits(model, hidden, pad_token_id)  # [b, V]
         token, logprob = draw(logits, temperature, None if uniforms is None else uniforms[rows, step])
         tokens[rows, step], logprobs[rows, step] = token, logprob  # rows past their end write beyond it: cut below
         ended = going & torch.isin(token, stops)
@@ -247,16 +235,53 @@ def _generate_batch(model, prompts, max_new_tokens, temperature, stops, pad_toke
         remaining = int(going.sum())
         if remaining == 0 or step == max_new_tokens - 1:
             break
-        positions = positions[:, -1:] + 1
         if remaining < DROP_BELOW * len(rows):
             keep = going.nonzero()[:, 0]
             cache.batch_select_indices(keep)
             rows, token, mask, positions, going = rows[keep], token[keep], mask[keep], positions[keep], going[keep]
-        input_ids, mask = token[:, None], torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        positions, mask = positions + 1, torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        hidden = model.base_model(
+            input_ids=token[:, None],
+            attention_mask=mask[:, None, None] if can_pack(model.base_model) else mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]
     if not torch.isfinite(logprobs).all():
         raise FloatingPointError("the policy's logits are not numbers: training has diverged; lower the learning rate")
     ids, cut, logprobs = tokens.tolist(), lengths.tolist(), logprobs.cpu()
     return [Completion(ids[row][: cut[row]], logprobs[row, : cut[row]].clone()) for row in range(size)]
+
+
+def prefill(
+    trunk: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_token_id: int, cache: DynamicCache
+) -> tuple[Tensor, Tensor]:
+    """Fill the cache with the prompts, padded on the left to P tokens.
+
+    -> the hidden state at each prompt's end [B, H], and what is no padding [B, P] bool.
+    """
+    width = max(map(len, prompts))
+    mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts], device=trunk.device)
+    if can_pack(trunk):
+        ends = [range(len(prompt) - 1, len(prompt)) for prompt in prompts]
+        pack = Pack.of(prompts, ends, pad_token_id, trunk.device)
+        hidden = packed_forward(trunk, pack, past_key_values=cache, use_cache=True).last_hidden_state[0][pack.wanted]
+        for layer in cache.layers:  # [1, heads, T, D] -> [B, heads, P, D]
+            layer.keys, layer.values = (to_the_right(states, mask) for states in (layer.keys, layer.values))
+        return hidden, mask
+    input_ids = torch.tensor([[pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=trunk.device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    output = trunk(
+        input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+    )
+    return output.last_hidden_state[:, -1], mask
+
+
+def to_the_right(states: Tensor, mask: Tensor) -> Tensor:
+    """Packed tokens into rows padded on the left: [1, heads, T, D], [B, P] -> [B, heads, P, D]."""
+    padded = states.new_zeros(*mask.shape, states.shape[1], states.shape[3])
+    padded[mask] = states[0].transpose(0, 1)
+    return padded.transpose(1, 2).contiguous()
 
 
 def draw(logits: Tensor, temperature: float, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -269,8 +294,8 @@ def draw(logits: Tensor, temperature: float, uniforms: Tensor | None) -> tuple[T
     if temperature == 0:
         token = logits.argmax(-1)
         return token, token_logprobs(logits, token)
-    logprobs = torch.log_softmax(logits / temperature if temperature != 1 else logits, dim=-1)
-    cumulative = logprobs.exp().cumsum(-1)
+    probabilities = torch.softmax(logits / temperature if temperature != 1 else logits, dim=-1)
+    cumulative = probabilities.cumsum(-1)
     threshold = uniforms[:, None] * cumulative[:, -1:]
     token = torch.searchsorted(cumulative, threshold, right=True).clamp(max=logits.shape[-1] - 1)
-    return token[:, 0], logprobs.gather(1, token)[:, 0]
+    return token[:, 0], probabilities.gather(1, token)[:, 0].log()
