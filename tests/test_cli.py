@@ -213,6 +213,9 @@ def test_trainer_mappings_are_checked_before_anything_runs(instructrl: Instructr
     result = instructrl("run-all", "recipe=base.yaml", "reward_model.trainer.learning_rate=1")
     assert result.code == 2
     assert "reward_model.learning_rate" in result.err
+    result = instructrl("run-all", "recipe=base.yaml", "ppo.init=ppo_init", "ppo_init.trainer.max_grad_nrm=1")
+    assert result.code == 2
+    assert "ppo_init.trainer.max_grad_norm" in result.err
 
 
 def test_output_folder_that_cannot_be_written(instructrl: Instructrl, fakes: None, here: Path) -> None:
