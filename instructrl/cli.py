@@ -17,6 +17,7 @@ STAGES = {  # as in `pipeline.NAMES`; importing that would import pydantic, whic
     "label": "rankings of SFT's own answers, where data.world is set",
     "reward_model": "the reward model",
     "judge": "a second reward model, to compare answers in eval",
+    "ppo_init": "the policy that PPO starts from, if not sft",
     "ppo": "the PPO policy",
     "ppo_ptx": "the PPO-ptx policy",
     "eval": "win rates, the alignment tax and report.md",

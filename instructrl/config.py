@@ -228,9 +228,26 @@ class RewardModel(Section):
     """Any further field of TRL's RewardConfig."""
 
 
-class PPO(Section):
-    """Clipped PPO against the reward model with a per-token KL penalty from SFT. Paper eq. 2, App. C.4."""
+class PPOInit(SFT):
+    """The policy that PPO starts from and stays close to, where `init` of ppo or ppo_ptx says so. As SFT it comes from
+    the base model, in fewer epochs and with pretraining documents mixed in. Paper App. C.3 (values for 1.3B)."""
 
+    learning_rate: PositiveFloat = 5e-6
+    """Peak; cosine to `final_learning_rate_share` without warm-up."""
+    epochs: PositiveFloat = 2
+    pretraining_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Documents among the examples trained on: at .1, one for nine demonstrations. The paper mixes in "10 % pretraining
+    data" and does not say of what. By tokens it is another share: a document is longer, and all its tokens count."""
+    ptx_max_length: PositiveInt = 512
+    """Tokens of a document; longer ones are cut. Our choice."""
+
+
+class PPO(Section):
+    """Clipped PPO against the reward model with a per-token KL penalty. Paper eq. 2, App. C.4."""
+
+    init: Literal["ppo_init", "sft"] = "ppo_init"
+    """The stage whose model the policy starts from; also the reference of the KL penalty. The paper's is `ppo_init`
+    (App. C.3), the supervised baseline that win rates are against is `sft`."""
     learning_rate: PositiveFloat = 5e-6
     """The policy's. Our choice in the paper's sweep, 2.55e-6 to 2.55e-5; without ptx all above 8.05e-6 diverged."""
     critic_learning_rate: PositiveFloat = 9e-6
@@ -273,6 +290,10 @@ class PPO(Section):
     ptx_normalization: Literal["token_mean", "sequence_sum"] = "token_mean"
     """The pretraining loss is a mean over tokens, or a sum over each example's tokens averaged over examples.
     The paper does not say; gamma only has a meaning together with it."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.992
+    """Decay of the moving average of the policy's weights, saved as `ema` (App. C.4); 0: none."""
+    ema_every: Literal["iteration", "step"] = "iteration"
+    """When the average is updated. The paper does not say; at 500 iterations its horizon of 125 suggests iterations."""
 
     @model_validator(mode="after")
     def minibatches_divide(self) -> "PPO":
@@ -311,6 +332,10 @@ class Eval(Section):
     question-and-answer frame, and one with three short demonstrations."""
     prompted_stop: str = "\n"
     """GPT (prompted) stops here."""
+    weights: Literal["ema", "last"] = "ema"
+    """Which weights of ppo and ppo_ptx answer: the moving average, as in the paper (App. C.4), or the last."""
+    best_of_n: NonNegativeInt = 0
+    """One more baseline: of so many answers of SFT's, the one with the highest reward. Not in the paper; 0: none."""
     bootstrap_samples: PositiveInt = 2_000
     samples_shown: NonNegativeInt = 8
     """Prompts shown side by side in the report."""
@@ -352,6 +377,7 @@ class Recipe(Section):
     sft: SFT = SFT()
     label: Label = Label()
     reward_model: RewardModel = RewardModel()
+    ppo_init: PPOInit = PPOInit()
     ppo: PPO = PPO()
     ppo_ptx: PPOPtx = PPOPtx()
     eval: Eval = Eval()
@@ -367,8 +393,19 @@ class Recipe(Section):
             raise ValueError(
                 "eval.judge=reward_model needs rankings in data; in the built-in world use eval.judge=gold"
             )
-        if self.ppo_ptx.ptx_coef and not (self.data.world or self.data.text):
-            raise ValueError("ppo_ptx needs pretraining text: set data.text, or ppo_ptx.ptx_coef=0")
+        if not (self.data.world or self.data.text):
+            needing = {"ppo_ptx.ptx_coef": self.ppo_ptx.ptx_coef}
+            if "ppo_init" in (self.ppo.init, self.ppo_ptx.init):
+                needing["ppo_init.pretraining_share"] = self.ppo_init.pretraining_share
+            without = [f"{key}=0" for key, value in needing.items() if value]
+            if without:
+                raise ValueError(f"there is no pretraining text: set data.text, or {' and '.join(without)}")
+        if self.eval.weights == "ema" and not (self.ppo.ema_decay and self.ppo_ptx.ema_decay):
+            raise ValueError(
+                "eval.weights=ema needs ppo.ema_decay and ppo_ptx.ema_decay above 0; set them, or eval.weights=last"
+            )
+        if self.eval.best_of_n and not self.eval.temperature:
+            raise ValueError("eval.best_of_n needs eval.temperature above 0: greedy answers are all the same")
         if self.model.path is None and not (self.data.world or self.data.text):
             raise ValueError("model.path is null, so pretrain makes the model, which needs data.text")
         return self

@@ -23,6 +23,7 @@ WITHOUT = {  # why a recipe can lack a stage
     "pretrain": "it starts from the model that model.path names; model.path=null makes one from scratch",
     "label": "it brings its own rankings; only those of data.world are made here",
     "judge": "only eval.judge=reward_model trains one",
+    "ppo_init": "its policies start from sft; ppo.init=ppo_init or ppo_ptx.init=ppo_init trains one",
 }
 
 

@@ -20,7 +20,12 @@ from instructrl.pipeline import Stage
 from instructrl.stages import sources
 
 FINGERPRINT_LENGTH = 12  # hex digits, 48 bits; the manifest holds all 64, compared on every hit
-TRL_STAGES = ("sft", "reward_model", "judge")  # TRL's trainer is their algorithm, and changes with its minor version
+TRL_STAGES = (
+    "sft",
+    "reward_model",
+    "judge",
+    "ppo_init",
+)  # TRL's trainer is their algorithm, and changes with its minor version
 MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")  # configuration, weights, tokenizer, code
 WORTH_REMEMBERING = 8 * 2**20  # bytes; a smaller file is hashed in milliseconds
 SETTLED_SECONDS = 2  # a file changed this recently may change again within its time stamp's resolution

@@ -30,7 +30,9 @@ def check_trainers(plan: Sequence[StagePlan], recipe: Recipe) -> None:
         UserError: a field is unknown, set elsewhere in the recipe, or refused by TRL.
     """
     modules = {step.stage.module or step.stage.name for step in plan if step.runs}
-    modules = [name for name in ("sft", "reward_model") if name in modules and getattr(recipe, name).trainer]
+    modules = [
+        name for name in ("sft", "reward_model", "ppo_init") if name in modules and getattr(recipe, name).trainer
+    ]
     if not modules:
         return
     order = json.dumps({"modules": modules, "recipe": recipe.model_dump(mode="json")})

@@ -19,17 +19,17 @@ class Stage:
     makes: str = ""  # one line for `--help`
 
 
-NAMES = ("data", "pretrain", "sft", "label", "reward_model", "judge", "ppo", "ppo_ptx", "eval")
+NAMES = ("data", "pretrain", "sft", "label", "reward_model", "judge", "ppo_init", "ppo", "ppo_ptx", "eval")
 LAST = "eval"  # what `run-all` makes; a deleted intermediate artifact is built again only if something needs it
 
 
 def stages(recipe: Recipe) -> dict[str, Stage]:
     """The recipe's stages, upstream first. A recipe with its own base model has no `pretrain`, one with its own
-    rankings no `label`, one whose judge is not learnt no `judge`."""
+    rankings no `label`, one whose judge is not learnt no `judge`, one whose policies start from `sft` no `ppo_init`."""
     base = ("pretrain",) if recipe.model.path is None else ()
     ranked = ("label",) if recipe.data.world else ()
     judge = ("judge",) if recipe.eval.judge == "reward_model" else ()
-    trained = ("data", "sft", "reward_model")
+    init = ("ppo_init",) if "ppo_init" in (recipe.ppo.init, recipe.ppo_ptx.init) else ()
     every = (
         Stage("data", reads=("data", "seed"), makes="demonstrations, rankings, prompts and text"),
         Stage("pretrain", reads=("model", "pretrain", "seed"), needs=("data",), makes="a base model from scratch"),
@@ -43,8 +43,20 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
             module="reward_model",
             makes="a reward model for eval, from rankings held out for it",
         ),
-        Stage("ppo", reads=("ppo", "seed"), needs=trained, makes="the PPO policy"),
-        Stage("ppo_ptx", reads=("ppo_ptx", "seed"), needs=trained, module="ppo", makes="the PPO-ptx policy"),
+        Stage(
+            "ppo_init",
+            reads=("model", "ppo_init", "seed"),
+            needs=("data", *base),
+            makes="the policy that PPO starts from",
+        ),
+        Stage("ppo", reads=("ppo", "seed"), needs=("data", recipe.ppo.init, "reward_model"), makes="the PPO policy"),
+        Stage(
+            "ppo_ptx",
+            reads=("ppo_ptx", "seed"),
+            needs=("data", recipe.ppo_ptx.init, "reward_model"),
+            module="ppo",
+            makes="the PPO-ptx policy",
+        ),
         Stage(
             "eval",
             reads=("model", "eval", "seed"),
@@ -52,7 +64,7 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
             makes="win rates, the alignment tax and report.md",
         ),
     )
-    left_out = {"pretrain", "label", "judge"} - {*base, *ranked, *judge}
+    left_out = {"pretrain", "label", "judge", "ppo_init"} - {*base, *ranked, *judge, *init}
     return {stage.name: stage for stage in every if stage.name not in left_out}
 
 

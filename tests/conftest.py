@@ -13,7 +13,7 @@ import pytest
 from instructrl import cli, jobs
 
 ROOT = Path(__file__).resolve().parent.parent
-BASE = "model: {path: null}\ndata: {world: {}}\neval: {judge: gold}\n"
+BASE = "model: {path: null}\ndata: {world: {}}\neval: {judge: gold}\nppo: {init: sft}\nppo_ptx: {init: sft}\n"
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,7 @@ def test_runtime_and_name_are_in_no_key(here: Path) -> None:
 def test_trl_is_in_the_keys_of_stages_that_use_it(here: Path) -> None:
     made = keys(load_recipe(["recipe=base.yaml"]))
     assert {name for name, key in made.items() if "packages" in key} == {"sft", "reward_model"}
+    assert "trl" in keys(load_recipe(["recipe=base.yaml", "ppo.init=ppo_init"]))["ppo_init"]["packages"]
 
 
 FILES = ["recipe=base.yaml", "data.world=null", "eval.judge=reward_model", "model.path=gpt2"]

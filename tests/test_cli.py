@@ -141,6 +141,13 @@ def test_show(instructrl: Instructrl, fakes: None) -> None:
             "model.path=null makes one from scratch.\n",
         ),
         (["judge"], "Error: This recipe has no stage judge: only eval.judge=reward_model trains one.\n"),
+        (
+            ["ppo-init"],
+            "Error: This recipe has no stage ppo_init: its policies start from sft; ppo.init=ppo_init or "
+            "ppo_ptx.init=ppo_init trains one.\n",
+        ),
+        (["plan", "eval.weights=ema", "ppo.ema_decay=0"], "Error: eval.weights=ema needs ppo.ema_decay and ppo_ptx"),
+        (["plan", "eval.best_of_n=4", "eval.temperature=0"], "Error: eval.best_of_n needs eval.temperature above 0: "),
         (["plan", "model.path=./none"], "Error: model.path: there is no folder ./none.\n"),
         (["plan", "seed=1,2,x", "-m"], "Error: seed='x': input should be a valid integer"),
         (["plan", "seed=glob(*)", "-m"], "Error: seed=glob(*): "),
@@ -206,6 +213,9 @@ def test_trainer_mappings_are_checked_before_anything_runs(instructrl: Instructr
     result = instructrl("run-all", "recipe=base.yaml", "reward_model.trainer.learning_rate=1")
     assert result.code == 2
     assert "reward_model.learning_rate" in result.err
+    result = instructrl("run-all", "recipe=base.yaml", "ppo.init=ppo_init", "ppo_init.trainer.max_grad_nrm=1")
+    assert result.code == 2
+    assert "ppo_init.trainer.max_grad_norm" in result.err
 
 
 def test_output_folder_that_cannot_be_written(instructrl: Instructrl, fakes: None, here: Path) -> None:
@@ -227,7 +237,7 @@ def test_reader_that_goes_away(here: Path) -> None:
 def test_completion(here: Path) -> None:
     assert "recipe=tiny" in cli.complete("recipe=")
     assert cli.complete("sft.ep") == ["sft.epochs="]
-    assert cli.complete_stage("ppo") == ["ppo", "ppo_ptx"]
+    assert cli.complete_stage("ppo_") == ["ppo_init", "ppo_ptx"]
 
 
 def test_completion_in_a_shell(here: Path) -> None:

@@ -189,7 +189,7 @@ def test_blank_text_rows_are_dropped_and_counted(tmp_path):
 def test_the_stage_writes_every_table_and_says_what_it_dropped(tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
-    recipe = Recipe(data=user_data(tmp_path), ppo_ptx={"ptx_coef": 0})
+    recipe = Recipe(data=user_data(tmp_path), ppo_init={"pretraining_share": 0}, ppo_ptx={"ptx_coef": 0})
     metrics = stage.run("data", recipe, {}, folder)
     card = json.loads((folder / "card.json").read_text())
     for table, count in card["rows"].items():

@@ -11,16 +11,24 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from instructrl.config import Recipe
 from instructrl.errors import UserError
-from instructrl.stages import answers, benchmarks, data, judging, numbers, study
+from instructrl.stages import answers, benchmarks, data, judging, models, numbers, report, study
 from instructrl.stages import eval as stage
 from instructrl.stages.pretrain import make_tokenizer
 from instructrl.stages.tables import read_table
 from instructrl.stages.template import Template
+from instructrl.trainers.rollout import generate, score_rewards
 from instructrl.world import Prompt, make_world
 
 SIZES = {"documents": 300, "valid_documents": 30, "demonstrations": 60, "ranked_prompts": 40}
 SIZES |= {"valid_ranked_prompts": 20, "ppo_prompts": 60, "eval_prompts": 40}
-EVAL = {"judge": "gold", "num_prompts": 24, "response_length": 12, "bootstrap_samples": 200, "samples_shown": 5}
+EVAL = {
+    "weights": "last",
+    "judge": "gold",
+    "num_prompts": 24,
+    "response_length": 12,
+    "bootstrap_samples": 200,
+    "samples_shown": 5,
+}
 MODELS = ("pretrain", "sft", "ppo", "ppo_ptx")
 
 
@@ -55,7 +63,7 @@ def make_inputs(folder, recipe):
 @pytest.fixture(scope="module")
 def world_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    recipe = Recipe(name="small", model={"path": None}, data={"world": SIZES}, eval=EVAL)
+    recipe = Recipe(name="small", model={"path": None}, data={"world": SIZES}, eval=EVAL | {"best_of_n": 4})
     inputs = make_inputs(folder, recipe)
     (folder / "eval").mkdir()
     found = stage.run("eval", recipe, inputs, folder / "eval")
@@ -70,7 +78,7 @@ def of(rows, model, temperature):
 
 def test_every_model_answers_the_same_prompts_at_both_temperatures(world_run):
     *_, rows = world_run
-    assert len(rows) == 5 * 2 * 24
+    assert len(rows) == 5 * 2 * 24 + 24
     prompts = [row["prompt"] for row in of(rows, "sft", 1.0)]
     assert len(set(prompts)) == 24
     for model in judging.NAMES:
@@ -140,6 +148,65 @@ def test_kl_is_the_log_ratio_of_the_answers(world_run):
     assert metrics["models"]["sft"]["kl"] == [0, 0, 0]
     assert metrics["models"]["ppo"]["kl"][0] > 0
     assert metrics["models"]["gpt"]["kl"] is None
+
+
+def test_the_best_of_n_is_by_reward(world_run):
+    """Against sampling and scoring the same four answers one after the other."""
+    recipe, inputs, folder, _, metrics, rows = world_run
+    done = study.Study(recipe, inputs, folder)
+    ids = [row["ids"] for row in done.prompts]
+    policy, reward_model = done.model("sft"), models.load_reward_model(inputs["reward_model"] / "model", recipe)[0]
+    settings = answers.sampling(done.template, recipe)  # one generator for the four
+    highest = [-math.inf] * 24
+    for _ in range(4):
+        for number, completion in enumerate(generate(policy, ids, temperature=1.0, **settings)):
+            score = score_rewards(reward_model, [ids[number] + completion.ids], pad_token_id=done.pad, max_tokens=512)
+            highest[number] = max(highest[number], float(score) - 0.25)
+    best, first = (of(rows, name, 1.0) for name in ("best_of_n", "sft"))
+    assert [row["reward"] for row in best] == pytest.approx(highest, abs=1e-4)
+    assert all(one["reward"] >= other["reward"] - 1e-6 for one, other in zip(best, first, strict=True))
+    assert any(one["reward"] > other["reward"] for one, other in zip(best, first, strict=True))
+    assert not of(rows, "best_of_n", 0.0)
+    assert {row["kl_from_sft"] for row in best} == {None}
+    found = metrics["models"]["best_of_n"]
+    assert found["kl_bound"] == pytest.approx(math.log(4) - 0.75)
+    assert found["tasks"] == metrics["models"]["sft"]["tasks"]
+    assert found["win_rate"][0] == pytest.approx(np.mean([row["against_sft"] for row in best]))
+    [line] = [row for row in metrics["table"]["rows"] if row[0] == "SFT, best of 4"]
+    assert dict(zip(metrics["table"]["columns"], line, strict=True))["KL from SFT"] == "<= 0.64"
+    printed = (folder / "report.md").read_text()
+    assert "SFT, best of 4: of so many answers of SFT's, the one with the highest reward." in printed
+    assert "SFT, best of 4 (" in printed  # among the samples
+
+
+def test_a_recipe_chooses_the_weights(world_run, tmp_path):
+    """PPO's average lies beside its last weights; SFT and the base model have one set."""
+    recipe, inputs, *_ = world_run
+    template = Template.load(inputs["sft"] / "model")
+    for number, name in enumerate(("ppo", "ppo_ptx")):
+        shutil.copytree(inputs[name] / "model", tmp_path / name / "model")
+        models.save(llama(template.tokenizer, LlamaForCausalLM, 20 + number), template, tmp_path / name / "ema")
+    inputs = inputs | {name: tmp_path / name for name in ("ppo", "ppo_ptx")}
+    for weights, folder in (("last", "model"), ("ema", "ema")):
+        chosen = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"weights": weights})})
+        work = study.Study(chosen, inputs, tmp_path)
+        for name, place in (("gpt", "pretrain/model"), ("sft", "sft/model"), ("ppo", folder), ("ppo_ptx", folder)):
+            path = inputs[name] / place if name in ("ppo", "ppo_ptx") else inputs[place.split("/")[0]] / "model"
+            expected = LlamaForCausalLM.from_pretrained(path)
+            assert torch.equal(work.model(name).lm_head.weight, expected.lm_head.weight), (weights, name)
+
+
+def test_the_report_says_what_the_policies_are(world_run):
+    _, _, folder, _, metrics, _ = world_run
+    assert (metrics["weights"], metrics["references"]) == ("last", {"ppo": "ppo_init", "ppo_ptx": "ppo_init"})
+    printed = (folder / "report.md").read_text()
+    assert "PPO and PPO-ptx started from, and paid for KL from, `ppo_init` and not SFT" in printed
+    assert "moving average" not in printed
+    other = metrics | {"weights": "ema", "references": {"ppo": "ppo_init", "ppo_ptx": "sft"}}
+    notes = report.policy_notes(other)
+    assert notes[0] == "PPO and PPO-ptx answer with the moving average of their weights (App. C.4)."
+    assert notes[1].startswith("PPO started from,")
+    assert len(report.policy_notes(other | {"weights": "last", "references": {}, "models": {}})) == 0
 
 
 def test_choices_go_by_mean_log_probability(world_run):
@@ -237,7 +304,7 @@ def test_the_table_is_for_the_terminal(world_run):
     table = metrics["table"]
     assert found["ppo_win_rate"] == pytest.approx(metrics["models"]["ppo"]["win_rate"][0], abs=1e-4)
     assert found["claims_hold"] + found["claims_fail"] + found["claims_undecided"] == len(metrics["claims"])
-    assert [row[0] for row in table["rows"]] == ["GPT", "GPT (prompted)", "SFT", "PPO", "PPO-ptx"]
+    assert [row[0] for row in table["rows"]] == [*judging.NAMES.values(), "SFT, best of 4"]
     assert all(
         len(row) == len(table["columns"]) and all(isinstance(cell, str) for cell in row) for row in table["rows"]
     )
@@ -300,7 +367,8 @@ LABELS = [
 def labels(folder, rows):
     path = folder / "labels.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Recipe(eval={"judge": "labels", "labels": {"path": str(path)}}, ppo_ptx={"ptx_coef": 0})
+    without_text = {"ppo_init": {"pretraining_share": 0}, "ppo_ptx": {"ptx_coef": 0}}
+    return Recipe(eval={"judge": "labels", "labels": {"path": str(path)}}, **without_text)
 
 
 def test_labels_by_hand(tmp_path):
@@ -339,6 +407,15 @@ def test_labels_honour_limit_and_skip_invalid(tmp_path):
     found = judging.read_labels(recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"labels": source})}))
     assert found.outcomes["ppo"] == {"p1": 1.0, "p2": 1.0}
     assert found.invalid == 1
+
+
+def test_labels_of_the_best_of_n(tmp_path):
+    """An earlier run's samples hold them; they count where the recipe has that baseline."""
+    recipe = labels(tmp_path, [LABELS[0], LABELS[0] | {"model_a": "best_of_n"}])
+    asked = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"best_of_n": 8})})
+    assert judging.read_labels(asked).outcomes["best_of_n"] == {"p1": 1.0}
+    with pytest.raises(UserError, match="there is no model 'best_of_n'"):
+        judging.read_labels(recipe)
 
 
 def test_labels_of_prompts_that_are_not_evaluated(tmp_path):

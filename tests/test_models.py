@@ -21,7 +21,8 @@ from instructrl.stages.template import Template
 
 
 def recipe(**sections):
-    return Recipe(**{"ppo_ptx": {"ptx_coef": 0}, "runtime": {"device": "cpu"}} | sections)
+    without_text = {"ppo_init": {"pretraining_share": 0}, "ppo_ptx": {"ptx_coef": 0}}
+    return Recipe(**without_text | {"runtime": {"device": "cpu"}} | sections)
 
 
 @pytest.fixture

@@ -157,6 +157,25 @@ def test_forced(made: Bench) -> None:
     assert not plans["ppo_ptx"].forced
 
 
+def test_ppo_init_is_there_where_a_policy_starts_from_it(bench: Bench) -> None:
+    """And not above the policies that do not."""
+    assert list(bench.why("ppo.init=ppo_init", targets=["ppo"])) == [*ALL[:3], "ppo_init", *ALL[3:6]]
+    bench.make()
+    assert bench.why("ppo.init=ppo_init", "ppo_ptx.init=ppo_init") == {
+        "ppo_init": "never ran",
+        "ppo": "ppo.init: sft -> ppo_init, downstream of ppo_init",
+        "ppo_ptx": "ppo_ptx.init: sft -> ppo_init, downstream of ppo_init",
+        "eval": "downstream of ppo and ppo_ptx",
+    }
+    bench.make("ppo.init=ppo_init")
+    assert bench.why("ppo.init=ppo_init", "ppo_init.epochs=3") == {
+        "ppo_init": "ppo_init.epochs: 2.0 -> 3.0",
+        "ppo": "downstream of ppo_init",
+        "eval": "downstream of ppo_init",
+    }
+    assert bench.why("ppo_init.epochs=3") == {}
+
+
 def test_a_target_needs_only_what_is_above_it(bench: Bench) -> None:
     assert list(bench.why(targets=["sft"])) == ["data", "pretrain", "sft"]
 

@@ -18,7 +18,14 @@ from instructrl.stages.template import Template
 from instructrl.trainers.ppo import PPOTrainer
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "the", "dog", "ran", "to", "me"]
-SECTION = {"total_episodes": 48, "batch_size": 16, "num_mini_batches": 2, "response_length": 8, "learning_rate": 1e-3}
+SECTION = {
+    "init": "sft",
+    "total_episodes": 48,
+    "batch_size": 16,
+    "num_mini_batches": 2,
+    "response_length": 8,
+    "learning_rate": 1e-3,
+}
 
 
 def recipe(**changes):
@@ -74,6 +81,23 @@ def test_the_stage_writes_a_policy_a_critic_and_its_numbers(inputs, tmp_path, na
     assert critic.config.num_labels == 1
     assert Template.load(tmp_path / "model").template == "{prompt}\n"
     assert json.loads((tmp_path / "progress.json").read_text())["step"] == 6
+
+
+def test_the_policy_starts_from_ppo_init_and_is_held_to_it(inputs, tmp_path):
+    """At the first iteration its KL from the reference is 0; SFT is not even there."""
+    template = Template.load(inputs["sft"] / "model")
+    other = models.load_policy(inputs["sft"] / "model", recipe())
+    torch.manual_seed(1)
+    for parameter in other.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    models.save(other, template, tmp_path / "other" / "model")
+    settings = recipe(init="ppo_init", learning_rate=1e-8)
+    there = {name: inputs[name] for name in ("data", "reward_model")} | {"ppo_init": tmp_path / "other"}
+    ppo.run("ppo", settings, there, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines[0]["objective/kl"] == pytest.approx(0, abs=1e-4)
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(policy.lm_head.weight, other.lm_head.weight, atol=1e-5, rtol=0)
 
 
 def test_a_stage_that_was_told_to_stop_goes_on_where_it_was(inputs, tmp_path, monkeypatch):

@@ -368,7 +368,7 @@ def test_a_real_hub_id_offline():
 
 
 def recipe(**data):
-    return Recipe(data=Data(**data), ppo_ptx={"ptx_coef": 0.0})
+    return Recipe(data=Data(**data), ppo_init={"pretraining_share": 0}, ppo_ptx={"ptx_coef": 0})
 
 
 def test_check_finds_what_is_wrong_without_reading_everything(tmp_path):
@@ -392,7 +392,7 @@ def test_check_imports_neither_torch_nor_datasets(tmp_path):
         "from instructrl.config import Recipe\n"
         "from instructrl.stages import sources\n"
         f"data = {{'demonstrations': [{{'path': {str(path)!r}}}], 'rankings': [{{'path': {str(ranked)!r}}}]}}\n"
-        "sources.check(Recipe(data=data, ppo_ptx={'ptx_coef': 0}))\n"
+        "sources.check(Recipe(data=data, ppo_init={'pretraining_share': 0}, ppo_ptx={'ptx_coef': 0}))\n"
         "print([name for name in ('torch', 'datasets', 'pyarrow', 'numpy') if name in sys.modules])\n"
     )
     done = subprocess.run(

@@ -28,10 +28,13 @@ SMALL = [
     "ppo.batch_size=8",
     "ppo_ptx.total_episodes=16",
     "ppo_ptx.batch_size=8",
+    "ppo_ptx.init=ppo_init",  # ppo starts from sft
+    "ppo_init.residual_dropout=0.1",
     "eval.num_prompts=16",
     "eval.bootstrap_samples=100",
+    "eval.best_of_n=3",
 ]
-EVERY = ["data", "pretrain", "sft", "label", "reward_model", "ppo", "ppo_ptx", "eval"]
+EVERY = ["data", "pretrain", "sft", "label", "reward_model", "ppo_init", "ppo", "ppo_ptx", "eval"]
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +63,9 @@ def runs(instructrl: Instructrl, *changes: str) -> dict[str, list[str]]:
     return {row["stage"]: row["why"] for row in json.loads(output.out)["stages"] if row["verdict"] == "run"}
 
 
-def test_run_all_ends_with_the_five_models(story: Path) -> None:
+def test_run_all_ends_with_the_five_models_and_the_best_of_several_answers(story: Path) -> None:
     printed = (story / "run-all.txt").read_text()
-    for model in ("GPT", "GPT (prompted)", "SFT", "PPO", "PPO-ptx"):
+    for model in ("GPT", "GPT (prompted)", "SFT", "PPO", "PPO-ptx", "SFT, best of 3"):
         assert re.search(rf"{re.escape(model)} .*\[[.\d]+, [.\d]+\]", printed), printed
     assert "report.md" in printed
     assert re.search(r"sft: done in", printed)
@@ -86,6 +89,7 @@ def test_a_second_run_says_that_everything_is_done(story: Path, instructrl: Inst
 def test_a_change_runs_exactly_what_depends_on_it(story: Path, instructrl: Instructrl) -> None:
     changed = runs(instructrl, "sft.learning_rate=3e-3")
     assert list(changed) == ["sft", "label", "reward_model", "ppo", "ppo_ptx", "eval"]
+    assert list(runs(instructrl, "ppo_init.epochs=1")) == ["ppo_init", "ppo_ptx", "eval"]
     assert changed["sft"] == ["sft.learning_rate: 0.002 -> 0.003"]
     assert changed["eval"] == ["downstream of sft"]
     assert list(runs(instructrl, "ppo_ptx.ptx_coef=0.1")) == ["ppo_ptx", "eval"]
@@ -96,7 +100,7 @@ def test_a_change_runs_exactly_what_depends_on_it(story: Path, instructrl: Instr
 def test_the_report_judges_the_claims_and_the_metrics_agree_with_it(story: Path, instructrl: Instructrl) -> None:
     folder = Path(json.loads(instructrl("show", "eval", "--json", *SMALL).out)["path"])
     report, metrics = (folder / "report.md").read_text(), json.loads((folder / "metrics.json").read_text())
-    assert len(metrics["table"]["rows"]) == 5
+    assert len(metrics["table"]["rows"]) == 6
     for row in metrics["table"]["rows"]:
         assert f"| {row[0]} | {row[1]} |" in report
     assert re.search(r"\| \**(holds|does not hold|undecided)\** \|", report)
@@ -106,7 +110,7 @@ def test_models_load_with_the_stock_classes(story: Path, instructrl: Instructrl)
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     paths = {stage: json.loads(instructrl("show", stage, "--json", *SMALL).out)["path"] for stage in EVERY}
-    for stage in ("pretrain", "sft", "ppo", "ppo_ptx"):
+    for stage in ("pretrain", "sft", "ppo_init", "ppo", "ppo_ptx"):
         model = AutoModelForCausalLM.from_pretrained(f"{paths[stage]}/model")
         assert len(AutoTokenizer.from_pretrained(f"{paths[stage]}/model")) == model.config.vocab_size
     reward_model = AutoModelForSequenceClassification.from_pretrained(f"{paths['reward_model']}/model")

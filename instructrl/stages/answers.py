@@ -13,7 +13,8 @@ from instructrl.config import Recipe
 from instructrl.errors import UserError
 from instructrl.stages.tables import read_table
 from instructrl.stages.template import Template
-from instructrl.trainers.rollout import generate
+from instructrl.trainers.rollout import Completion, generate
+from instructrl.trainers.selection import best_of_n
 from instructrl.world import Prompt, World, make_world
 
 PREFIXES = 4
@@ -84,30 +85,52 @@ def sample(
 
     With a `stop`, the answer is what stands before it, without the spaces around it, and is tokenised anew.
     """
-    tokenizer = template.tokenizer
-    completions = generate(
+    completions = generate(model, prompts, temperature=temperature, stop_token_ids=stops, **sampling(template, recipe))
+    return [answer(completion, template, stop) for completion in completions]
+
+
+def sample_best(
+    model: PreTrainedModel,
+    reward_model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    template: Template,
+    recipe: Recipe,
+) -> list[Answer]:
+    """Of `eval.best_of_n` answers to each prompt the one with the highest reward; `sample`'s is among them."""
+    found = best_of_n(
         model,
         prompts,
-        max_new_tokens=recipe.eval.response_length,
-        temperature=temperature,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        generator=torch.Generator().manual_seed(recipe.seed),
-        batch_size=recipe.runtime.generation_batch_size,
-        stop_token_ids=stops,
+        recipe.eval.best_of_n,
+        reward_model,
+        temperature=recipe.eval.temperature,
+        max_tokens=recipe.runtime.max_tokens,
+        **sampling(template, recipe),
     )
-    answers = []
-    for completion in completions:
-        ids = completion.ids
-        ended = ids[-1] == tokenizer.eos_token_id
-        text = template.decode(ids)
-        if stop:
-            before, found, _ = text.partition(stop)
-            text, ended = before.strip(), ended or bool(found)
-            ids = template.response(text)
-            ids = ids if ended else ids[:-1]
-        answers.append(Answer(text, ids, ended, float(completion.logprobs.sum())))
-    return answers
+    return [answer(completion, template) for completion in found.completions]
+
+
+def sampling(template: Template, recipe: Recipe) -> dict:
+    """What all models sample with."""
+    return {
+        "max_new_tokens": recipe.eval.response_length,
+        "eos_token_id": template.tokenizer.eos_token_id,
+        "pad_token_id": template.tokenizer.pad_token_id,
+        "generator": torch.Generator().manual_seed(recipe.seed),
+        "batch_size": recipe.runtime.generation_batch_size,
+    }
+
+
+def answer(completion: Completion, template: Template, stop: str = "") -> Answer:
+    """The completion as text; with a `stop`, what stands before it."""
+    ids = completion.ids
+    ended = ids[-1] == template.tokenizer.eos_token_id
+    text = template.decode(ids)
+    if stop:
+        before, found, _ = text.partition(stop)
+        text, ended = before.strip(), ended or bool(found)
+        ids = template.response(text)
+        ids = ids if ended else ids[:-1]
+    return Answer(text, ids, ended, float(completion.logprobs.sum()))
 
 
 def stop_tokens(template: Template, stop: str) -> list[int]:

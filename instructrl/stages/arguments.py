@@ -16,7 +16,7 @@ from instructrl.errors import UserError
 from instructrl.stages.models import device
 from instructrl.trainers.muon import MuonAdamW, parameter_groups
 
-OWNED = {  # field -> who sets it; {section} is sft or reward_model
+OWNED = {  # field -> who sets it; {section} is sft, ppo_init or reward_model
     "learning_rate": "{section}.learning_rate",
     "lr_scheduler_type": "{section}.final_learning_rate_share",
     "lr_scheduler_kwargs": "{section}.final_learning_rate_share",
@@ -45,11 +45,11 @@ OWNED = {  # field -> who sets it; {section} is sft or reward_model
 
 
 def trainer_arguments(kind: type[TrainingArguments], recipe: Recipe, section: str, folder: Path) -> TrainingArguments:
-    """TRL's config from `recipe.sft` or `recipe.reward_model`: a cosine from the peak, no warm-up, no weight decay.
+    """TRL's config from a section of the recipe: a cosine from the peak, no warm-up, no weight decay.
 
     Args:
         kind: SFTConfig or RewardConfig.
-        section: the name of the recipe's section; its `trainer` mapping adds to and overrides what the recipe has no
+        section: sft, ppo_init or reward_model; its `trainer` mapping adds to and overrides what the recipe has no
             key for.
         folder: where checkpoints go.
 

@@ -1,8 +1,9 @@
 """Samples and win rates of the five models, and what alignment cost: `metrics.json`, `report.md`, `samples.parquet`.
 
-GPT is the base model, GPT (prompted) the same behind a few-shot prefix; then SFT, PPO and PPO-ptx. All answer the same
-held-out prompts with the same random numbers. What a model has done is kept in `checkpoints/`, so that an evaluation
-that was interrupted goes on with the next model.
+GPT is the base model, GPT (prompted) the same behind a few-shot prefix; then SFT, PPO and PPO-ptx. A recipe may ask for
+one more baseline, the best of several of SFT's answers. All answer the same held-out prompts with the same random
+numbers. What a model has done is kept in `checkpoints/`, so that an evaluation that was interrupted goes on with the
+next model.
 """
 
 import json
@@ -11,7 +12,7 @@ from pathlib import Path
 from instructrl.config import Recipe
 from instructrl.progress import Progress
 from instructrl.stages import models, report
-from instructrl.stages.judging import NAMES
+from instructrl.stages.judging import BEST
 from instructrl.stages.numbers import measure
 from instructrl.stages.parallel import forked
 from instructrl.stages.scores import SAMPLES, Scores
@@ -20,17 +21,18 @@ from instructrl.stages.tables import write_table
 
 
 def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dict:
-    """Evaluate the five models. Writes `samples.parquet`, `metrics.json` and `report.md`; returns the main numbers."""
-    progress, steps = Progress(folder), len(NAMES) + 2
+    """Evaluate the models. Writes `samples.parquet`, `metrics.json` and `report.md`; returns the main numbers."""
     study = Study(recipe, inputs, folder)
+    progress, steps = Progress(folder), len(study.names) + 2
 
     def ask(model: str) -> None:
         study.ask(model)
         progress.update(study.asked(), steps)
 
     progress.update(study.asked(), steps)
-    forked(ask, NAMES, recipe.runtime.jobs, models.device(recipe))
-    for model in NAMES:
+    longest_first = sorted(study.names, key=lambda name: name != BEST)
+    forked(ask, longest_first, recipe.runtime.jobs, models.device(recipe))
+    for model in study.names:
         study.read(model)
     progress.update(steps - 2, steps)
     scores = Scores(study)

@@ -31,6 +31,7 @@ NAMES = {
 """The five models, in the paper's order, and how a reader knows them."""
 
 BASELINE = "sft"
+BEST = "best_of_n"
 
 DESCRIPTIONS = {
     "gold": "the built-in world's gold preference: the truth, which no model was trained on",
@@ -38,6 +39,12 @@ DESCRIPTIONS = {
     "It is a learnt judge with the errors of one, not a person",
     "labels": "labels from {path}, of an earlier run's samples",
 }
+
+
+def names(recipe: Recipe) -> dict[str, str]:
+    """The five models and, where the recipe asks for it, the best of several of SFT's answers."""
+    n = recipe.eval.best_of_n
+    return NAMES | {BEST: f"SFT, best of {n}"} if n else NAMES
 
 
 def describe(recipe: Recipe) -> str:
@@ -106,18 +113,18 @@ def read_labels(recipe: Recipe, prompts: Iterable[str] = ()) -> Labels:
     Raises:
         UserError: a row is wrong, or no row compares anything with SFT.
     """
-    source, key = recipe.eval.labels, "eval.labels"
+    source, key, models = recipe.eval.labels, "eval.labels", names(recipe)
     read, invalid = [], 0
     for row in sources.rows(source, key):
         try:
-            read.append(_read_label(records.record(row, "labels", source, key)))
+            read.append(_read_label(records.record(row, "labels", source, key), models))
         except records.Invalid as problem:
             if not source.skip_invalid:
                 raise records.invalid(row, problem, key) from None
             invalid += 1
         if len(read) == source.limit:
             break
-    found = _against_baseline(read)
+    found = _against_baseline(read, models)
     if not any(found.values()):
         raise UserError(f"{key}: no label in {source.path} compares a model with SFT on the same prompt")
     labelled = {prompt for outcomes_ in found.values() for prompt in outcomes_}
@@ -127,19 +134,21 @@ def read_labels(recipe: Recipe, prompts: Iterable[str] = ()) -> Labels:
     return Labels(found, bool(wanted), len(labelled) - len(kept), invalid)
 
 
-def _read_label(label: dict) -> tuple[str, str, str | None, float]:
+def _read_label(label: dict, models: dict[str, str]) -> tuple[str, str, str | None, float]:
     """(prompt, model, its opponent, its outcome), or (prompt, model, None, its score)."""
     prompt = normalized(label["prompt"])
     if "score" in label:
-        return prompt, _model(label["model"]), None, label["score"]
-    one, other = _model(label["model_a"]), _model(label["model_b"])
-    return prompt, one, other, _outcome(label["winner"], one, other)
+        return prompt, _model(label["model"], models), None, label["score"]
+    one, other = _model(label["model_a"], models), _model(label["model_b"], models)
+    return prompt, one, other, _outcome(label["winner"], one, other, models)
 
 
-def _against_baseline(read: list[tuple[str, str, str | None, float]]) -> dict[str, dict[str, float]]:
+def _against_baseline(
+    read: list[tuple[str, str, str | None, float]], models: Iterable[str]
+) -> dict[str, dict[str, float]]:
     """{model: {prompt: mean outcome against SFT}}; the mean scores of a prompt make one more outcome."""
     scores: dict[tuple[str, str], list[float]] = {}
-    found: dict[str, dict[str, list[float]]] = {name: {} for name in NAMES}
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in models}
     for prompt, one, other, value in read:
         if other is None:
             scores.setdefault((prompt, one), []).append(value)
@@ -157,15 +166,15 @@ def _against_baseline(read: list[tuple[str, str, str | None, float]]) -> dict[st
     }
 
 
-def _model(said: str) -> str:
-    """Which of the five models a label means: `ppo_ptx`, `PPO-ptx` and `ppo ptx` are one."""
-    plain = {_letters(text): name for name, title in NAMES.items() for text in (name, title)}
+def _model(said: str, models: dict[str, str]) -> str:
+    """Which of the models a label means: `ppo_ptx`, `PPO-ptx` and `ppo ptx` are one."""
+    plain = {_letters(text): name for name, title in models.items() for text in (name, title)}
     if _letters(said) not in plain:
-        raise records.Invalid(f"there is no model {said!r}; the models are {', '.join(NAMES)}")
+        raise records.Invalid(f"there is no model {said!r}; the models are {', '.join(models)}")
     return plain[_letters(said)]
 
 
-def _outcome(winner: str, one: str, other: str) -> float:
+def _outcome(winner: str, one: str, other: str, models: dict[str, str]) -> float:
     said = _letters(winner)
     if said in ("tie", "both", "equal", "none"):
         return 0.5
@@ -173,7 +182,7 @@ def _outcome(winner: str, one: str, other: str) -> float:
         return 1.0
     if said in ("b", "modelb"):
         return 0.0
-    name = _model(winner)
+    name = _model(winner, models)
     if name not in (one, other):
         raise records.Invalid(f"the winner {winner!r} is neither of {one} and {other}")
     return float(name == one)

@@ -76,7 +76,8 @@ def ensure_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> No
     """Give both a pad token of its own: with pad = EOS the reward model would read the token before EOS, and with
     pad = UNK a text with an unknown character would have probability 0, as pad has.
 
-    Adds `<|pad|>` and its row in the embedding if needed. Called in `sft` only; every later stage inherits it.
+    Adds `<|pad|>` and its row in the embedding if needed. Called in `sft` and `ppo_init`, which so
+    have the same; every later stage inherits it.
     """
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id, tokenizer.unk_token_id):
         tokenizer.add_special_tokens({"pad_token": PAD})

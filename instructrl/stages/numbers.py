@@ -5,11 +5,12 @@ from collections import Counter
 from collections.abc import Callable
 
 from instructrl.stages import claims, judging, preferences, report
-from instructrl.stages.judging import NAMES
+from instructrl.stages.judging import BEST, NAMES
 from instructrl.stages.scores import Scores
 from instructrl.stages.study import GREEDY, Study
 from instructrl.stages.tables import read_table
 from instructrl.stages.winrate import Interval, average_of_means, difference, interval, ratio, ratio_difference
+from instructrl.trainers.selection import kl_bound
 
 FEWEST = 10
 """Prompts, or documents of a kind, below which no interval is worth printing and no claim is decided."""
@@ -27,7 +28,7 @@ def measure(study: Study, scores: Scores) -> dict:
     labels = judging.read_labels(recipe, evaluated) if recipe.eval.judge == "labels" else None
     labelled = labels.outcomes if labels else {}
     models = {}
-    for name, title in NAMES.items():
+    for name, title in study.names.items():
         given = study.answers[name][t]
         found = {
             "name": title,
@@ -36,15 +37,18 @@ def measure(study: Study, scores: Scores) -> dict:
             "ended": mean([answer.ended for answer in given]),
             "reward": mean(scores.rewards[name, t]),
             "kl": mean(scores.kl[name, t]) if (name, t) in scores.kl else None,
+            "kl_bound": kl_bound(recipe.eval.best_of_n) if name == BEST else None,
         }
         if (name, t) in scores.outcomes:
             found["win_rate"] = mean(scores.outcomes[name, t])
-            found["win_rate_greedy"] = mean(scores.outcomes[name, GREEDY])
+            if (name, GREEDY) in scores.outcomes:
+                found["win_rate_greedy"] = mean(scores.outcomes[name, GREEDY])
         elif labelled.get(name):
             found["win_rate"] = mean(list(labelled[name].values()))
-        found["greedy"] = {"length": mean([answer.length for answer in study.answers[name][GREEDY]])}
-        for temperature, place in ((t, found), (GREEDY, found["greedy"])):
-            if (name, temperature) in scores.gold:
+        if GREEDY in study.answers[name]:
+            found["greedy"] = {"length": mean([answer.length for answer in study.answers[name][GREEDY]])}
+        for temperature, place in ((t, found), (GREEDY, found.get("greedy"))):
+            if place is not None and (name, temperature) in scores.gold:
                 place["gold"] = gold_breakdown(scores.gold[name, temperature], mean)
         models[name] = found | knowledge(study, name, samples)
     metrics = {
@@ -57,6 +61,8 @@ def measure(study: Study, scores: Scores) -> dict:
         "labels": labels.card() if labels else None,
         "prompts": len(study.prompts),
         "temperature": t,
+        "weights": recipe.eval.weights,
+        "references": {name: getattr(recipe, name).init for name in ("ppo", "ppo_ptx")},
         "prefix": study.prefix,
         "models": models,
         "tax": tax_changes(study, samples),

@@ -37,10 +37,10 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
         UserError: no prompt is short enough, or there is no text for PPO-ptx.
     """
     section: PPO = getattr(recipe, name)
-    policy = load_policy(inputs["sft"] / "model", recipe)
+    policy = load_policy(inputs[section.init] / "model", recipe)
     reward_model, bias = load_reward_model(inputs["reward_model"] / "model", recipe)
     critic, _ = load_reward_model(inputs["reward_model"] / "model", recipe)
-    template = Template.load(inputs["sft"] / "model")
+    template = Template.load(inputs[section.init] / "model")
     prompts, dropped = read_prompts(name, recipe, inputs["data"], template, policy)
     trainer = PPOTrainer(
         args=arguments(recipe, section, bias, folder / FOLDER),
@@ -74,7 +74,7 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
 
 def arguments(recipe: Recipe, section: PPO, reward_bias: float, checkpoints: Path) -> PPOConfig:
     """The recipe's section under the same names, and what this machine adds."""
-    settings = section.model_dump(exclude={"ptx_max_length"})
+    settings = section.model_dump(exclude={"ptx_max_length", "init", "ema_decay", "ema_every"})
     where = device(recipe)
     return PPOConfig(
         output_dir=str(checkpoints),

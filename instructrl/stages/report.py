@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from instructrl.stages.claims import FAILS, HOLDS, UNDECIDED
-from instructrl.stages.judging import BASELINE, NAMES
+from instructrl.stages.judging import BASELINE, BEST, NAMES
 
 if TYPE_CHECKING:
     from instructrl.stages.scores import Scores
@@ -55,7 +55,7 @@ def table(metrics: dict) -> dict:
         "model": lambda m: m["name"],
         "win rate vs SFT": lambda m: shares(m["win_rate"]),
         "greedy": lambda m: shares(m.get("win_rate_greedy")),
-        "KL from SFT": lambda m: number(m["kl"], 2),
+        "KL from SFT": kl,
         "length": lambda m: number(m["length"], 1),
         "reward": lambda m: number(m["reward"], 2),
         "public tasks": lambda m: number(m["tasks_average"], 3),
@@ -109,6 +109,12 @@ def verdicts(checked: list[dict]) -> str:
 def number(interval: Sequence[float] | None, digits: int) -> str:
     """The mean alone."""
     return "-" if interval is None else f"{interval[0]:.{digits}f}"
+
+
+def kl(model: dict) -> str:
+    """The mean, or for best-of-n, whose probabilities are not known, an upper bound: `<= 1.20`"""
+    bound = model["kl_bound"]
+    return number(model["kl"], 2) if bound is None else f"<= {bound:.2f}"
 
 
 def shares(interval: Sequence[float] | None) -> str:
@@ -167,6 +173,7 @@ def win_rate_notes(metrics: dict) -> str:
         "demonstrations' mean.",
         "A gain at temperature 1 that is gone when decoding greedily is sharpening, not better judgement.",
     ]
+    notes += policy_notes(metrics)
     if metrics["judge"] == "reward_model":
         notes.append("The judge is a model: it shares the taste, and some of the errors, of the reward model.")
     if metrics["labels"]:
@@ -179,6 +186,25 @@ def win_rate_notes(metrics: dict) -> str:
         )
     ended = ", ".join(f"{found['name']} {found['ended'][0]:.2f}" for found in metrics["models"].values())
     return "\n\n".join([*notes, f"Share of answers that ended by themselves: {ended}."])
+
+
+def policy_notes(metrics: dict) -> list[str]:
+    """What must be known of the policies to read the table: their weights, their reference, best-of-n."""
+    notes = []
+    if metrics["weights"] == "ema":
+        notes.append("PPO and PPO-ptx answer with the moving average of their weights (App. C.4).")
+    apart = [name for name, init in metrics["references"].items() if init != BASELINE]
+    if apart:
+        notes.append(
+            f"{' and '.join(NAMES[name] for name in apart)} started from, and paid for KL from, `ppo_init` and not SFT "
+            "(App. C.3). The KL above is from SFT for all."
+        )
+    if BEST in metrics["models"]:
+        notes.append(
+            f"{metrics['models'][BEST]['name']}: of so many answers of SFT's, the one with the highest reward. Nothing "
+            "is trained, so what it knows is SFT's. Its KL is at most log n - (n - 1) / n (Beirami et al. 2024)."
+        )
+    return notes
 
 
 def claim_table(checked: list[dict]) -> str:
@@ -199,8 +225,9 @@ def gold_section(metrics: dict) -> list[str]:
     parts = ("utility", "correct", "constraint", "hallucination", "toxic")
     rows = []
     for found in metrics["models"].values():
-        for decoding, place in ((f"temperature {metrics['temperature']:g}", found), ("greedy", found["greedy"])):
-            rows.append([found["name"], decoding, *(number(place["gold"][part], 3) for part in parts)])
+        for decoding, place in ((f"temperature {metrics['temperature']:g}", found), ("greedy", found.get("greedy"))):
+            if place:
+                rows.append([found["name"], decoding, *(number(place["gold"][part], 3) for part in parts)])
     return [
         "## What the gold preference sees",
         "Mean utility, and the share of answers that are correct, meet the prompt's constraint (where it has one), "
@@ -349,7 +376,7 @@ def shown(study: "Study", scores: "Scores") -> list[dict]:
     for number_ in chosen:
         row = study.prompts[number_]
         given = {}
-        for name, title in NAMES.items():
+        for name, title in study.names.items():
             verdict = verdict_of(scores, name, t, number_)
             given[title + verdict] = study.answers[name][t][number_].text
         samples.append({"prompt": row["prompt"], "category": row["category"] or row["source"], "answers": given})

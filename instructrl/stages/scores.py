@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow
 
 from instructrl.stages import judging
-from instructrl.stages.judging import BASELINE, NAMES, Scorer
+from instructrl.stages.judging import BASELINE, Scorer
 from instructrl.stages.study import GREEDY, Study
 from instructrl.stages.winrate import outcomes
 from instructrl.trainers.rollout import score_logprobs
@@ -33,8 +33,8 @@ class Scores:
     def __init__(self, study: Study) -> None:
         self.study = study
         recipe, inputs = study.recipe, study.inputs
-        every = [(name, t) for name in NAMES for t in study.temperatures]
-        main = [(name, recipe.eval.temperature) for name in NAMES]
+        every = [(name, t) for name, given in study.answers.items() for t in given]
+        main = [(name, recipe.eval.temperature) for name in study.names]
         self.rewards = self._score(inputs["reward_model"] / "model", main)
         self.kl = self._kl()
         self.gold: dict[tuple[str, float], list[dict]] = {}

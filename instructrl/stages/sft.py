@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
-from instructrl.config import Recipe
+from instructrl.config import SFT, Recipe
 from instructrl.errors import UserError
 from instructrl.stages import models
 from instructrl.stages.arguments import check_trainer, counted, optimizer, trainer_arguments
@@ -22,38 +22,54 @@ from instructrl.trainers.sampler import LengthBuckets
 
 
 def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dict:
-    """Write the policy to `folder/model`.
+    """Write the policy to `folder/model`. Returns and raises as `fine_tune`."""
+    return fine_tune(name, recipe, inputs, folder)
+
+
+Draw = Callable[[Template, Limits, int], list[dict]]
+"""(template, limits, number of demonstrations) -> pretraining documents, as rows like those of `encode`."""
+
+
+def fine_tune(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path, draw: Draw | None = None) -> dict:
+    """Train the base model on the demonstrations as the recipe's section `name` says, and write it to `folder/model`.
+
+    Args:
+        draw: the documents to mix in among the demonstrations.
 
     Returns:
-        demonstrations, dropped (reason -> rows), steps, train_loss; valid_loss and valid_accuracy (of the next token)
-        where there are held-out demonstrations.
+        demonstrations, documents (if `draw`), dropped (reason -> rows), steps, train_loss; valid_loss and
+        valid_accuracy (of the next token) where there are held-out demonstrations.
 
     Raises:
         UserError: the model cannot be loaded, a response is empty, or no demonstration is short enough.
     """
     disable_progress_bars()
+    section: SFT = getattr(recipe, name)
     path = inputs["pretrain"] / "model" if "pretrain" in inputs else recipe.model.path
     tokenizer = models.load_tokenizer(path, recipe)
     model = models.load_policy(path, recipe)
     models.ensure_pad(model, tokenizer)
     template = Template(tokenizer, recipe.model.template)
-    rows, dropped = encode(inputs["data"] / "demonstrations.train.parquet", template, Limits.of(recipe, model))
-    held_out, _ = encode(inputs["data"] / "demonstrations.valid.parquet", template, Limits.of(recipe, model))
+    limits = Limits.of(recipe, model)
+    rows, dropped = encode(inputs["data"] / "demonstrations.train.parquet", template, limits)
+    held_out, _ = encode(inputs["data"] / "demonstrations.valid.parquet", template, limits)
     if not rows:
-        raise UserError(f"sft has no demonstration left; dropped: {counted(dropped)}.")
+        raise UserError(f"{name} has no demonstration left; dropped: {counted(dropped)}.")
+    documents = draw(template, limits, len(rows)) if draw else []
 
     trainer = FastSFTTrainer(
         model=model,
-        args=arguments(recipe, folder / FOLDER),
-        train_dataset=Dataset.from_list(rows),
+        args=arguments(recipe, folder / FOLDER, name),
+        train_dataset=Dataset.from_list(rows + documents),
         eval_dataset=Dataset.from_list(held_out) if held_out else None,
         processing_class=tokenizer,
-        optimizers=(optimizer(model, recipe.sft), None),
+        optimizers=(optimizer(model, section), None),
     )
-    with residual_dropout(model, recipe.sft.residual_dropout):
+    with residual_dropout(model, section.residual_dropout, name):
         train_loss = train(trainer, folder, recipe.runtime.save_minutes)
     metrics = {
         "demonstrations": len(rows),
+        **({"documents": len(documents)} if draw else {}),
         "dropped": dict(dropped),
         "steps": trainer.state.global_step,
         "train_loss": train_loss,
@@ -70,10 +86,10 @@ def check(recipe: Recipe) -> None:
     check_trainer(SFTConfig, recipe, "sft")
 
 
-def arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
+def arguments(recipe: Recipe, checkpoints: Path, name: str = "sft") -> SFTConfig:
     """TRL's config. The loss is on the response only if the recipe says so: the paper does not tell."""
-    arguments = trainer_arguments(SFTConfig, recipe, "sft", checkpoints)
-    arguments.completion_only_loss = recipe.sft.completion_only_loss
+    arguments = trainer_arguments(SFTConfig, recipe, name, checkpoints)
+    arguments.completion_only_loss = getattr(recipe, name).completion_only_loss
     return arguments
 
 
@@ -147,7 +163,7 @@ def labelled(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Tensor,
 
 
 @contextlib.contextmanager
-def residual_dropout(model: PreTrainedModel, share: float) -> Iterator[None]:
+def residual_dropout(model: PreTrainedModel, share: float, name: str = "sft") -> Iterator[None]:
     """Drop that share of each attention's and MLP's output before it joins the residual stream (App. C.1).
 
     GPT-2 has dropout layers there; they get this share, and their own back at the end. Llama and its relatives have
@@ -160,8 +176,8 @@ def residual_dropout(model: PreTrainedModel, share: float) -> Iterator[None]:
     branches = [] if own else residual_branches(model)
     if share and not own and not branches:
         raise UserError(
-            f"sft.residual_dropout={share}: the residual stream of a {model.config.model_type} model is not known "
-            "here; set sft.residual_dropout=0."
+            f"{name}.residual_dropout={share}: the residual stream of a {model.config.model_type} model is not known "
+            f"here; set {name}.residual_dropout=0."
         )
     before = [layer.p for layer in own]
     for layer in own:

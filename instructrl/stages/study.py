@@ -6,10 +6,10 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from instructrl.config import Recipe
-from instructrl.stages import answers, benchmarks
+from instructrl.stages import answers, benchmarks, judging
 from instructrl.stages.answers import Answer
-from instructrl.stages.judging import Scorer
-from instructrl.stages.models import load_policy
+from instructrl.stages.judging import BASELINE, BEST, Scorer
+from instructrl.stages.models import load_policy, load_reward_model
 from instructrl.stages.tables import read_table
 from instructrl.stages.template import Template
 
@@ -25,6 +25,7 @@ class Study:
         self.template = Template.load(inputs["sft"] / "model")
         self.context = context_of(load_policy(inputs["sft"] / "model", recipe))
         settings = recipe.eval
+        self.names = judging.names(recipe)
         self.prompts = self._prompts("prompts.eval", settings.num_prompts)
         self.temperatures = sorted({settings.temperature, GREEDY}, reverse=True)
         tasks = inputs["data"] / "tasks.parquet"
@@ -44,13 +45,14 @@ class Study:
         return answers.held_out_prompts(self.recipe, self.inputs["data"], self.template, self.context, table, limit)
 
     def model(self, name: str) -> PreTrainedModel:
-        """One of the five models' weights."""
+        """One of the models' weights; of the policies that PPO trained, those that `eval.weights` names."""
         if name in ("gpt", "gpt_prompted"):
             base = self.inputs["pretrain"] / "model" if "pretrain" in self.inputs else self.recipe.model.path
             model = load_policy(base, self.recipe)
             answers.make_room(model, self.template)
             return model
-        return load_policy(self.inputs[name] / "model", self.recipe)
+        average = name in ("ppo", "ppo_ptx") and self.recipe.eval.weights == "ema"
+        return load_policy(self.inputs[name] / ("ema" if average else "model"), self.recipe)
 
     def asked(self) -> int:
         """How many models are done."""
@@ -60,7 +62,8 @@ class Study:
         """Leave a model's answers at each temperature, and what it knows, on the disk, unless they are there."""
         done = self._found(name)
         if not done.exists():
-            found = self._ask_prompted() if name == "gpt_prompted" else self._ask(name)
+            others = {"gpt_prompted": self._ask_prompted, BEST: self._ask_best}
+            found = others[name]() if name in others else self._ask(name)
             done.parent.mkdir(parents=True, exist_ok=True)
             half = done.with_suffix(".tmp")
             half.write_text(json.dumps(found))
@@ -70,7 +73,8 @@ class Study:
         """Take what `ask` left on the disk."""
         found = json.loads(self._found(name).read_text())
         self.answers[name] = {float(key): [Answer(**row) for row in rows] for key, rows in found["answers"].items()}
-        self.knows[name] = self.knows["gpt"] if name == "gpt_prompted" else found["knows"]
+        same = {"gpt_prompted": "gpt", BEST: BASELINE}  # weights
+        self.knows[name] = self.knows[same[name]] if name in same else found["knows"]
         self.prefix = found.get("prefix", self.prefix)
 
     def _found(self, name: str) -> Path:
@@ -85,6 +89,13 @@ class Study:
             "text": benchmarks.text_losses(model, self.documents, self.pad, limit),
         }
         return {"answers": {key: [one.to_json() for one in rows] for key, rows in found.items()}, "knows": knows}
+
+    def _ask_best(self) -> dict:
+        """Not greedily: there is one greedy answer only."""
+        reward_model, _ = load_reward_model(self.inputs["reward_model"] / "model", self.recipe)
+        ids = [row["ids"] for row in self.prompts]
+        found = answers.sample_best(self.model(BASELINE), reward_model, ids, self.template, self.recipe)
+        return {"answers": {str(self.recipe.eval.temperature): [one.to_json() for one in found]}}
 
     def _ask_prompted(self) -> dict:
         recipe, model = self.recipe, self.model("gpt_prompted")

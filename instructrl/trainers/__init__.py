@@ -7,13 +7,16 @@ import importlib
 from typing import Any
 
 EXPORTS = {
+    "BestOfN": "selection",
     "Completion": "rollout",
     "KWiseRewardTrainer": "ranking",
     "MuonAdamW": "muon",
     "PPOConfig": "ppo",
     "PPOTrainer": "ppo",
     "RankingCollator": "ranking",
+    "best_of_n": "selection",
     "generate": "rollout",
+    "kl_bound": "selection",
     "kwise_loss": "losses",
 }
 
