@@ -262,6 +262,13 @@ class PPO(Section):
     num_ppo_epochs: PositiveInt = 1
     kl_coef: NonNegativeFloat = 0.02
     """beta in eq. 2."""
+    kl_estimator: Literal["k1", "k3"] = "k1"
+    """What the reward loses at each token: log pi/pi_ref (the paper's), or its estimate that is never negative."""
+    kl_target: PositiveFloat | None = None
+    """Nats a response that a controller moves beta towards, from `kl_coef` on (Ziegler et al. 2019); null: beta stays,
+    as in the paper."""
+    kl_horizon: PositiveInt = 10_000
+    """Episodes; the controller's, as published."""
     cliprange: PositiveFloat = 0.2
     cliprange_value: PositiveFloat = 0.2
     """Our choice: the paper does not say whether values are clipped; TRL's default."""
@@ -278,6 +285,8 @@ class PPO(Section):
     """Tokens a response may have. Our choice; the paper caps responses at 1k."""
     missing_eos_penalty: NonNegativeFloat = 1.0
     """Subtracted from the score of a response that did not end by itself. Our choice."""
+    missing_eos_score: float | None = None
+    """The score of a response that did not end by itself, in place of its own and of the penalty; null: its own."""
     max_grad_norm: PositiveFloat = 1.0
     """For the policy and for the critic, each. Our choice."""
     adam_beta2: Share = 0.95
@@ -358,6 +367,8 @@ class Runtime(Section):
     generation_batch_size: PositiveInt = 128
     """Sequences decoded together."""
     gradient_checkpointing: bool = False
+    completions_every: NonNegativeInt = 10
+    """PPO iterations between tables of sampled completions, with score, KL and length; 0: none."""
     save_minutes: PositiveFloat = 10
     """Time between checkpoints to resume from."""
     logging_steps: PositiveInt = 10
