@@ -231,6 +231,9 @@ class RewardModel(Section):
 class PPO(Section):
     """Clipped PPO against the reward model with a per-token KL penalty from SFT. Paper eq. 2, App. C.4."""
 
+    backend: Literal["instructrl", "trl"] = "instructrl"
+    """Whose PPOTrainer runs: ours, or TRL's as it is, which only trl 1.12 has. TRL's has no PPO-ptx and cannot resume;
+    what it is asked for and cannot do is refused before anything trains."""
     learning_rate: PositiveFloat = 5e-6
     """The policy's. Our choice in the paper's sweep, 2.55e-6 to 2.55e-5; without ptx all above 8.05e-6 diverged."""
     critic_learning_rate: PositiveFloat = 9e-6

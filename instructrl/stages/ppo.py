@@ -1,4 +1,4 @@
-"""PPO and PPO-ptx against the reward model, with our own trainer (paper, 3.5 eq. 2, App. C.4)."""
+"""PPO and PPO-ptx against the reward model, with our own trainer or TRL's (paper, 3.5 eq. 2, App. C.4)."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
         prompts, dropped (too long), iterations, optimizer_steps; initial_score, initial_length; score, kl (nats a
         response), length (tokens), entropy, explained_variance and, with pretraining, ptx_loss (nats a token, or an
         example, as `ptx_normalization` says) and ptx_grad_ratio, each a mean over the last tenth of the iterations;
-        seconds by phase.
+        seconds by phase. TRL's trainer has no explained_variance.
 
     Raises:
         UserError: no prompt is short enough, or there is no text for PPO-ptx.
@@ -42,39 +42,52 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
     critic, _ = load_reward_model(inputs["reward_model"] / "model", recipe)
     template = Template.load(inputs["sft"] / "model")
     prompts, dropped = read_prompts(name, recipe, inputs["data"], template, policy)
-    trainer = PPOTrainer(
-        args=arguments(recipe, section, bias, folder / FOLDER),
-        processing_class=template.tokenizer,
-        model=policy,
-        value_model=critic,
-        reward_model=reward_model,
-        train_dataset=prompts,
-        ptx_dataset=read_documents(name, section, inputs["data"], template) if section.ptx_coef else None,
-    )
-    train(trainer, folder, recipe.runtime.save_minutes)
+    if section.backend == "trl":
+        from instructrl.stages import trl_ppo
+
+        log = trl_ppo.train(name, recipe, folder, template.tokenizer, policy, critic, reward_model, bias, prompts)
+    else:
+        trainer = PPOTrainer(
+            args=arguments(recipe, section, bias, folder / FOLDER),
+            processing_class=template.tokenizer,
+            model=policy,
+            value_model=critic,
+            reward_model=reward_model,
+            train_dataset=prompts,
+            ptx_dataset=read_documents(name, section, inputs["data"], template) if section.ptx_coef else None,
+        )
+        train(trainer, folder, recipe.runtime.save_minutes)
+        log = [line for line in trainer.state.log_history if FINAL["kl"] in line]
     save(policy, template, folder / "model")
     critic.save_pretrained(folder / "critic")
 
-    log = [line for line in trainer.state.log_history if FINAL["kl"] in line]
     last = log[-max(1, round(LAST * len(log))) :]
     return {
         "prompts": len(prompts),
         "dropped": dropped,
         "iterations": len(log),
-        "optimizer_steps": trainer.state.global_step,
+        "optimizer_steps": len(log) * section.num_ppo_epochs * section.num_mini_batches,
         "initial_score": log[0][FINAL["score"]],
         "initial_length": log[0][FINAL["length"]],
         **{ours: sum(line[key] for line in last) / len(last) for ours, key in FINAL.items() if key in last[0]},
         "seconds": {
-            phase: sum(line.get(f"seconds/{phase}", 0.0) for line in log)
-            for phase in ("rollout", "scoring", "update", "ptx")
+            key.removeprefix("seconds/"): sum(line[key] for line in log) for key in log[0] if key.startswith("seconds/")
         },
     }
 
 
+def check(recipe: Recipe) -> None:
+    """Refuse what TRL's trainer cannot do, where a section asks for it, before anything trains."""
+    for name in ("ppo", "ppo_ptx"):
+        if getattr(recipe, name).backend == "trl":
+            from instructrl.stages import trl_ppo
+
+            trl_ppo.check(name, recipe)
+
+
 def arguments(recipe: Recipe, section: PPO, reward_bias: float, checkpoints: Path) -> PPOConfig:
     """The recipe's section under the same names, and what this machine adds."""
-    settings = section.model_dump(exclude={"ptx_max_length"})
+    settings = section.model_dump(exclude={"backend", "ptx_max_length"})
     where = device(recipe)
     return PPOConfig(
         output_dir=str(checkpoints),
