@@ -205,4 +205,4 @@ def test_the_models_own_sampling_settings_are_set_aside(inputs, tmp_path):  # no
 @only_old
 def test_a_diverged_run_stops(inputs, tmp_path):  # noqa: F811
     with pytest.raises(StageFailed, match="training diverged: the loss is"):
-        ppo.run("ppo", wanting(critic_learning_rate=1e38, warmup_iterations=0), inputs, tmp_path)
+        ppo.run("ppo", wanting(critic_learning_rate=1e30, warmup_iterations=0), inputs, tmp_path)
