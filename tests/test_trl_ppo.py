@@ -192,14 +192,16 @@ def test_a_batch_may_be_larger_than_a_pass_over_the_prompts(inputs, tmp_path):  
 def test_the_models_own_sampling_settings_are_set_aside(inputs, tmp_path):  # noqa: F811
     """A repetition penalty would sample from another distribution than the one scored; the policy keeps it."""
     policy = models.load_policy(inputs["sft"] / "model", recipe())
-    policy.generation_config.update(repetition_penalty=1.5)
+    eos = policy.generation_config.eos_token_id
+    policy.generation_config.update(repetition_penalty=1.5, eos_token_id=[eos, 7])
     changed = tmp_path / "sft"
     models.save(policy, Template.load(inputs["sft"] / "model"), changed / "model")
     ppo.run("ppo", wanting(num_mini_batches=1, max_tokens=99 * LONGEST), inputs | {"sft": changed}, tmp_path)
     first = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
     assert first["trl/val/ratio"] == pytest.approx(1, abs=1e-5)
     assert first["objective/kl"] == pytest.approx(0, abs=1e-4)
-    assert models.load_policy(tmp_path / "model", recipe()).generation_config.repetition_penalty == 1.5
+    kept = models.load_policy(tmp_path / "model", recipe()).generation_config
+    assert (kept.repetition_penalty, kept.eos_token_id) == (1.5, [eos, 7])
 
 
 @only_old

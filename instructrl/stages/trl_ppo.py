@@ -10,7 +10,6 @@ import copy
 import importlib
 import math
 import os
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,8 +27,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from instructrl.config import PPO, Recipe
 from instructrl.errors import UserError
 from instructrl.stages.arguments import largest_divisor
-from instructrl.stages.checkpoints import LOG, Log, check_finite
+from instructrl.stages.checkpoints import FOLDER, LOG, check_finite
 from instructrl.stages.models import device
+from instructrl.stages.trl_log import TRLLog, counted_sampling
 
 VERSION = "1.12.0"
 PASSED = (  # keys that TRL's PPOConfig has under the same name and with the same meaning
@@ -51,14 +51,6 @@ LACKS = {  # key -> the only value that TRL can follow, and why
     "ptx_coef": (0.0, "has no pretraining loss"),
     "whiten_advantages": (True, "always whitens advantages"),
 }
-ITS_OWN = (  # TRL averages these over padding, too, or counts something else as clipped: not our numbers of that name
-    "policy/approxkl_avg",
-    "policy/clipfrac_avg",
-    "policy/entropy_avg",
-    "val/clipfrac_avg",
-    "val/ratio",
-    "val/ratio_var",
-)
 NEVER = -1e4  # a logit whose probability is 0; minus infinity would make TRL's entropy nan
 
 
@@ -158,17 +150,15 @@ def train(
     check(name, recipe)
     if (folder / LOG).exists():
         print("TRL's PPOTrainer cannot resume: it starts again from the beginning.", flush=True)
-    trainer = make_trainer(
-        name, recipe, folder, tokenizer, policy, critic, reward_model, reward_bias, prompts, callbacks
-    )
-    section: PPO = getattr(recipe, name)
-    with (
-        without_padding((policy, trainer.ref_model), tokenizer.pad_token_id),
-        counted_sampling(policy, tokenizer.pad_token_id) as sampling,
-    ):
-        log = TRLLog(folder, section, sampling)
-        trainer.add_callback(log)
-        trainer.train()
+    pad = tokenizer.pad_token_id
+    with plain_sampling(policy, pad):
+        trainer = make_trainer(
+            name, recipe, folder, tokenizer, policy, critic, reward_model, reward_bias, prompts, callbacks
+        )
+        with without_padding((policy, trainer.ref_model), pad), counted_sampling(policy, pad) as sampling:
+            log = TRLLog(folder, getattr(recipe, name), sampling)
+            trainer.add_callback(log)
+            trainer.train()
     check_finite(trainer.model, log.steps * len(log.lines))
     return log.lines
 
@@ -190,7 +180,7 @@ def make_trainer(
     fit, accumulation = micro_batches(name, recipe)
     ppo = trl_ppo()
     args = ppo.PPOConfig(
-        output_dir=str(folder / "trl"),
+        output_dir=str(folder / FOLDER),
         per_device_train_batch_size=section.batch_size // accumulation,
         gradient_accumulation_steps=accumulation,
         local_rollout_forward_batch_size=min(section.batch_size, recipe.runtime.generation_batch_size, fit),
@@ -282,80 +272,13 @@ def without_padding(models: Sequence[PreTrainedModel], pad_token_id: int) -> Ite
             handle.remove()
 
 
-class Sampling:
-    """A policy's `generate`, and since the last look: the tokens of its responses, and seconds."""
-
-    def __init__(self, policy: PreTrainedModel, pad_token_id: int) -> None:
-        self.generate, self.pad_token_id = policy.generate, pad_token_id
-        self.tokens, self.seconds = 0, 0.0
-
-    def __call__(self, input_ids: Tensor, **options: Any) -> Any:
-        began = time.perf_counter()
-        output = self.generate(input_ids=input_ids, **options)
-        self.seconds += time.perf_counter() - began
-        self.tokens += int((output.sequences[:, input_ids.shape[1] :] != self.pad_token_id).sum())
-        return output
-
-    def look(self) -> tuple[int, float]:
-        """(tokens, seconds)"""
-        seen, (self.tokens, self.seconds) = (self.tokens, self.seconds), (0, 0.0)
-        return seen
-
-
 @contextmanager
-def counted_sampling(policy: PreTrainedModel, pad_token_id: int) -> Iterator[Sampling]:
-    """Responses counted, which TRL does not, and sampled from the whole distribution: what a model's generation config
-    adds to TRL's (a repetition penalty) would make it another than the one that is scored."""
-    own, eos = policy.generation_config, policy.generation_config.eos_token_id  # which TRL has just set
-    policy.generation_config = GenerationConfig(pad_token_id=pad_token_id, eos_token_id=eos)
-    policy.generate = Sampling(policy, pad_token_id)
+def plain_sampling(policy: PreTrainedModel, pad_token_id: int) -> Iterator[None]:
+    """Sampling from the distribution that is scored: what a model's own generation config would add to TRL's (a
+    repetition penalty) makes it another. TRL writes EOS into the config; afterwards the policy has its own again."""
+    own = policy.generation_config
+    policy.generation_config = GenerationConfig(pad_token_id=pad_token_id)
     try:
-        yield policy.generate
+        yield
     finally:
-        del policy.generate
         policy.generation_config = own
-
-
-class TRLLog(Log):
-    """Writes what TRL logs as our trainer logs it: optimizer steps as steps, the score before the penalty for a missing
-    EOS, seconds. Numbers that do not mean ours keep their names under `trl/`."""
-
-    def __init__(self, folder: Path, section: PPO, sampling: Sampling) -> None:
-        super().__init__(folder)
-        self.section, self.sampling = section, sampling
-        self.steps = section.num_ppo_epochs * section.num_mini_batches
-        self.lines: list[dict[str, float]] = []
-        self.last = time.perf_counter()
-
-    def on_train_begin(self, args, state, control, **_):
-        super().on_train_begin(args, self.in_steps(state), control)
-
-    def on_step_end(self, args, state, control, **_):
-        super().on_step_end(args, self.in_steps(state), control)
-
-    def on_log(self, args, state, control, logs=None, **_):
-        line = self.translated(logs)
-        self.lines.append(line)
-        super().on_log(args, self.in_steps(state), control, logs=line)
-
-    def in_steps(self, state: Any) -> Any:
-        """TRL's state counts iterations, ours optimizer steps."""
-        counted = copy.copy(state)
-        counted.global_step, counted.max_steps = state.global_step * self.steps, state.max_steps * self.steps
-        return counted
-
-    def translated(self, logs: dict[str, float]) -> dict[str, float]:
-        """A line of TRL's log as one of ours."""
-        section, (tokens, rollout) = self.section, self.sampling.look()
-        now, began = time.perf_counter(), self.last
-        self.last = now
-        unended = 1 - logs["val/num_eos_tokens"] / section.batch_size
-        line = {(f"trl/{key}" if key in ITS_OWN else key): value for key, value in logs.items()}
-        return line | {
-            "loss": logs["loss/policy_avg"] + section.vf_coef * logs["loss/value_avg"],
-            "objective/scores": logs["objective/scores"] + section.missing_eos_penalty * unended,
-            "completions/mean_length": tokens / section.batch_size,
-            "seconds/rollout": rollout,
-            "seconds/rest": now - began - rollout,
-            "eps": section.batch_size / (now - began),
-        }
