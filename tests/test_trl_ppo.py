@@ -18,6 +18,7 @@ from instructrl.launch import check_trainers
 from instructrl.plan import make_plan
 from instructrl.stages import models, ppo, trl_ppo
 from instructrl.stages.template import Template
+from instructrl.trainers.ema import EMA
 
 try:
     HAS_PPO = bool(trl_ppo.trl_ppo())
@@ -202,6 +203,20 @@ def test_the_models_own_sampling_settings_are_set_aside(inputs, tmp_path):  # no
     assert first["objective/kl"] == pytest.approx(0, abs=1e-4)
     kept = models.load_policy(tmp_path / "model", recipe()).generation_config
     assert (kept.repetition_penalty, kept.eos_token_id) == (1.5, [eos, 7])
+
+
+@only_old
+def test_a_callback_averages_the_weights(inputs, tmp_path):  # noqa: F811
+    """With decay 0 the average after the last iteration is the trained policy."""
+    settings, tokenizer = wanting(), Template.load(inputs["sft"] / "model").tokenizer
+    policy = models.load_policy(inputs["sft"] / "model", settings)
+    critic, reward_model = (models.load_reward_model(inputs["reward_model"] / "model", settings)[0] for _ in range(2))
+    prompts, _ = ppo.read_prompts("ppo", settings, inputs["data"], Template.load(inputs["sft"] / "model"), policy)
+    ema = EMA(policy, decay=0.0, every=1)
+    before = {name: average.clone() for name, average in ema.averages.items()}
+    trl_ppo.train("ppo", settings, tmp_path, tokenizer, policy, critic, reward_model, 0.0, prompts, callbacks=[ema])
+    assert all(torch.equal(ema.averages[name], p) for name, p in policy.named_parameters())
+    assert any(not torch.equal(ema.averages[name], before[name]) for name in before)
 
 
 @only_old
