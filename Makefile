@@ -6,23 +6,31 @@ VENV := .venv
 TRL_MIN := .venv-trl-min
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 FAST := not slow and not gpu and not network
+# of what touches TRL
+STAGE_TESTS := $(patsubst %,tests/test_%.py,checkpoints eval label models ppo ppo_stage pretrain ranking reward_model sft trl_ppo)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow check bench-ppo clean
+.PHONY: help run test test-slow test-trl-min parity check bench-ppo clean
 
 help: ## Show these targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 run: $(VENV)/.installed ## Set up and run the whole story on the built-in world
 	$(VENV)/bin/instructrl run-all
 
-test test-slow: export OMP_NUM_THREADS ?= 1 # models this small are faster on one thread than on two
+test test-slow test-trl-min parity: export OMP_NUM_THREADS ?= 1 # models this small are faster on one thread than on two
 
 test: $(VENV)/.installed-dev ## Set up and run the tests
 	$(VENV)/bin/python -m pytest -m "$(FAST)"
 
 test-slow: $(VENV)/.installed-dev ## Run the tests that take minutes
 	$(VENV)/bin/python -m pytest -m "slow and not gpu and not network"
+
+test-trl-min: $(TRL_MIN)/.installed ## Run the tests of the stages and trainers with the oldest TRL
+	$(TRL_MIN)/bin/python -m pytest -m "$(FAST)" $(STAGE_TESTS)
+
+parity: $(TRL_MIN)/.installed ## Compare our PPO with TRL 1.12's, number by number
+	$(TRL_MIN)/bin/python -m pytest --quiet --no-header --disable-warnings tests/parity
 
 check: $(VENV)/.installed-dev ## Check style and types
 	$(VENV)/bin/ruff check .

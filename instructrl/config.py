@@ -245,6 +245,9 @@ class PPOInit(SFT):
 class PPO(Section):
     """Clipped PPO against the reward model with a per-token KL penalty. Paper eq. 2, App. C.4."""
 
+    backend: Literal["instructrl", "trl"] = "instructrl"
+    """Whose PPOTrainer runs: ours, or TRL's as it is, which only trl 1.12 has. TRL's has no PPO-ptx and cannot resume;
+    what it is asked for and cannot do is refused before anything trains."""
     init: Literal["ppo_init", "sft"] = "ppo_init"
     """The stage whose model the policy starts from; also the reference of the KL penalty. The paper's is `ppo_init`
     (App. C.3), the supervised baseline that win rates are against is `sft`."""

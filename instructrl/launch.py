@@ -24,15 +24,15 @@ def environment(recipe: Recipe) -> dict[str, str]:
 
 
 def check_trainers(plan: Sequence[StagePlan], recipe: Recipe) -> None:
-    """Let TRL's configs be built before anything trains, if the recipe passes fields of its own to them.
+    """Let stages check what the recipe asks of TRL before anything trains: fields of its configs, its PPO.
 
     Raises:
-        UserError: a field is unknown, set elsewhere in the recipe, or refused by TRL.
+        UserError: a field is unknown, set elsewhere in the recipe, or refused by TRL; TRL's PPO cannot do it.
     """
     modules = {step.stage.module or step.stage.name for step in plan if step.runs}
-    modules = [
-        name for name in ("sft", "reward_model", "ppo_init") if name in modules and getattr(recipe, name).trainer
-    ]
+    asked = {name: bool(getattr(recipe, name).trainer) for name in ("sft", "ppo_init", "reward_model")}
+    asked["ppo"] = "trl" in (recipe.ppo.backend, recipe.ppo_ptx.backend)
+    modules = [name for name, asks in asked.items() if asks and name in modules]
     if not modules:
         return
     order = json.dumps({"modules": modules, "recipe": recipe.model_dump(mode="json")})
@@ -42,6 +42,6 @@ def check_trainers(plan: Sequence[StagePlan], recipe: Recipe) -> None:
         problems = json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError):
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise StageFailed(f"{' and '.join(f'{name}.trainer' for name in modules)} cannot be checked: {last}") from None
+        raise StageFailed(f"what {' and '.join(modules)} ask of TRL cannot be checked: {last}") from None
     if problems:
         raise UserError("\n".join(problems))

@@ -1,4 +1,4 @@
-"""PPO and PPO-ptx against the reward model, with our own trainer (paper, 3.5 eq. 2, App. C.4)."""
+"""PPO and PPO-ptx against the reward model, with our own trainer or TRL's (paper, 3.5 eq. 2, App. C.4)."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from instructrl.stages.checkpoints import FOLDER, train
 from instructrl.stages.models import device, load_policy, load_reward_model, save
 from instructrl.stages.tables import read_table
 from instructrl.stages.template import Template
+from instructrl.trainers.ema import EMA
 from instructrl.trainers.ppo import PPOConfig, PPOTrainer
 
 FINAL = {  # name in the metrics -> name in the log
@@ -21,17 +22,20 @@ FINAL = {  # name in the metrics -> name in the log
     "ptx_loss": "loss/ptx",
     "ptx_grad_ratio": "ptx/grad_ratio",
 }
+HELD_OUT = 256  # validation prompts answered at the end
 LAST = 0.1  # share of the iterations over which final metrics are means
 
 
 def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dict:
-    """Write the policy to `folder/model` and the critic to `folder/critic`. `name` is the recipe's section.
+    """Write the policy to `folder/model`, the moving average of its weights to `folder/ema` if there is one, the critic
+    to `folder/critic`, and tables of completions to `folder/completions`. `name` is the recipe's section.
 
     Returns:
         prompts, dropped (too long), iterations, optimizer_steps; initial_score, initial_length; score, kl (nats a
         response), length (tokens), entropy, explained_variance and, with pretraining, ptx_loss (nats a token, or an
         example, as `ptx_normalization` says) and ptx_grad_ratio, each a mean over the last tenth of the iterations;
-        seconds by phase.
+        held_out, and ema if there is one: score, kl, length and entropy on validation prompts; seconds by phase.
+        TRL's trainer has no explained_variance, and answers no validation prompts.
 
     Raises:
         UserError: no prompt is short enough, or there is no text for PPO-ptx.
@@ -42,43 +46,66 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
     critic, _ = load_reward_model(inputs["reward_model"] / "model", recipe)
     template = Template.load(inputs[section.init] / "model")
     prompts, dropped = read_prompts(name, recipe, inputs["data"], template, policy)
-    trainer = PPOTrainer(
-        args=arguments(recipe, section, bias, folder / FOLDER),
-        processing_class=template.tokenizer,
-        model=policy,
-        value_model=critic,
-        reward_model=reward_model,
-        train_dataset=prompts,
-        ptx_dataset=read_documents(name, section, inputs["data"], template) if section.ptx_coef else None,
-    )
-    train(trainer, folder, recipe.runtime.save_minutes)
+    held_out: dict[str, dict] = {}
+    if section.backend == "trl":
+        from instructrl.stages import trl_ppo
+
+        ema = EMA(policy, section.ema_decay, every=1) if section.ema_decay else None
+        models = (policy, critic, reward_model)
+        log = trl_ppo.train(name, recipe, folder, template.tokenizer, *models, bias, prompts, [ema] if ema else [])
+    else:
+        trainer = PPOTrainer(
+            args=arguments(recipe, section, bias, folder / FOLDER),
+            processing_class=template.tokenizer,
+            model=policy,
+            value_model=critic,
+            reward_model=reward_model,
+            train_dataset=prompts,
+            ptx_dataset=read_documents(name, section, inputs["data"], template) if section.ptx_coef else None,
+        )
+        train(trainer, folder, recipe.runtime.save_minutes)
+        ema, log = trainer.ema, [line for line in trainer.state.log_history if FINAL["kl"] in line]
+        held_out = evaluated(trainer, read_held_out(name, recipe, inputs["data"], template, policy))
     save(policy, template, folder / "model")
     critic.save_pretrained(folder / "critic")
+    if ema:
+        with ema.applied():
+            save(policy, template, folder / "ema")
 
-    log = [line for line in trainer.state.log_history if FINAL["kl"] in line]
     last = log[-max(1, round(LAST * len(log))) :]
     return {
         "prompts": len(prompts),
         "dropped": dropped,
         "iterations": len(log),
-        "optimizer_steps": trainer.state.global_step,
+        "optimizer_steps": len(log) * section.num_ppo_epochs * section.num_mini_batches,
         "initial_score": log[0][FINAL["score"]],
         "initial_length": log[0][FINAL["length"]],
         **{ours: sum(line[key] for line in last) / len(last) for ours, key in FINAL.items() if key in last[0]},
+        **held_out,
         "seconds": {
-            phase: sum(line.get(f"seconds/{phase}", 0.0) for line in log)
-            for phase in ("rollout", "scoring", "update", "ptx")
+            key.removeprefix("seconds/"): sum(line[key] for line in log) for key in log[0] if key.startswith("seconds/")
         },
     }
 
 
+def check(recipe: Recipe) -> None:
+    """Refuse what TRL's trainer cannot do, where a section asks for it, before anything trains."""
+    for name in ("ppo", "ppo_ptx"):
+        if getattr(recipe, name).backend == "trl":
+            from instructrl.stages import trl_ppo
+
+            trl_ppo.check(name, recipe)
+
+
 def arguments(recipe: Recipe, section: PPO, reward_bias: float, checkpoints: Path) -> PPOConfig:
     """The recipe's section under the same names, and what this machine adds."""
-    settings = section.model_dump(exclude={"ptx_max_length", "init", "ema_decay", "ema_every"})
+    settings = section.model_dump(exclude={"backend", "init", "ptx_max_length"})
     where = device(recipe)
     return PPOConfig(
         output_dir=str(checkpoints),
         reward_bias=reward_bias,
+        completions_every=recipe.runtime.completions_every,
+        completions_dir=str(checkpoints.parent / "completions"),
         max_tokens=recipe.runtime.max_tokens,
         generation_batch_size=recipe.runtime.generation_batch_size,
         activation_checkpointing=recipe.runtime.gradient_checkpointing,
@@ -101,18 +128,47 @@ def read_prompts(
     Raises:
         UserError: none is left.
     """
-    response_length = getattr(recipe, name).response_length
-    context = getattr(policy.config, "max_position_embeddings", None) or recipe.data.max_prompt_tokens + response_length
-    longest = min(recipe.data.max_prompt_tokens, context - response_length)
-    every = [template.prompt(row["prompt"]) for row in read_table(data / "prompts.train.parquet")]
-    rows = [{"prompt_ids": ids} for ids in every if len(ids) <= longest]
+    every = read_table(data / "prompts.train.parquet")
+    response_length, longest = getattr(recipe, name).response_length, longest_prompt(name, recipe, policy)
+    rows = short_enough(every, template, longest)
     if not rows:
         raise UserError(
             f"{name} has no prompt left: all {len(every)} have more than {longest} tokens, which is what "
-            f"data.max_prompt_tokens={recipe.data.max_prompt_tokens}, the model's context of {context} and "
+            f"data.max_prompt_tokens={recipe.data.max_prompt_tokens}, the model's context of {context_of(policy)} and "
             f"{name}.response_length={response_length} allow."
         )
     return rows, len(every) - len(rows)
+
+
+def read_held_out(name: str, recipe: Recipe, data: Path, template: Template, policy: PreTrainedModel) -> list[dict]:
+    """Validation prompts, in the same form."""
+    rows = short_enough(read_table(data / "prompts.valid.parquet"), template, longest_prompt(name, recipe, policy))
+    return rows[:HELD_OUT]
+
+
+def short_enough(rows: list[dict], template: Template, longest: int) -> list[dict]:
+    encoded = (template.prompt(row["prompt"]) for row in rows)
+    return [{"prompt_ids": ids} for ids in encoded if len(ids) <= longest]
+
+
+def longest_prompt(name: str, recipe: Recipe, policy: PreTrainedModel) -> int:
+    """The most tokens of a prompt that leave room for a response."""
+    most, context = recipe.data.max_prompt_tokens, context_of(policy)
+    return min(most, context - getattr(recipe, name).response_length) if context else most
+
+
+def context_of(policy: PreTrainedModel) -> int | None:
+    return getattr(policy.config, "max_position_embeddings", None)
+
+
+def evaluated(trainer: PPOTrainer, prompts: list[dict]) -> dict[str, dict]:
+    """What the policy and its moving average do on held-out prompts: {"held_out": {score, kl, ...}, "ema": {...}}."""
+    if not prompts:
+        return {}
+    found = trainer.evaluate(prompts)
+    names = {"held_out": "eval_", "ema": "eval_ema_"} if trainer.ema else {"held_out": "eval_"}
+    keys = ("score", "kl", "length", "entropy")
+    return {name: {key: found[prefix + FINAL[key]] for key in keys} for name, prefix in names.items()}
 
 
 def read_documents(name: str, section: PPO, data: Path, template: Template) -> list[dict]:

@@ -81,9 +81,7 @@ class Pack:
         return cls(
             ids=torch.tensor([token for sequence in sequences for token in sequence]).to(device),
             positions=positions.to(device),
-            wanted=torch.cat([torch.arange(p.start, p.stop) + s for s, p in zip(starts, wanted, strict=False)]).to(
-                device
-            ),
+            wanted=torch.cat(chosen).to(device),
             groups=groups,
             pad_token_id=pad_token_id,
         )

@@ -331,7 +331,7 @@ class PPOTrainer(Trainer):
                     loss = losses.ppo_loss(policy, value, args.vf_coef, num_tokens) * args.world_size
                 self.accelerator.backward(loss)
             total += loss.detach()
-            stats += update_stats(logprobs, old, policy, values, old_values, value, args)
+            stats += update_stats(logprobs, old, advantages, policy, values, returns, value)
         self.record({"update": stats / num_tokens})
         return total
 

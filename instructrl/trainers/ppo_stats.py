@@ -5,7 +5,6 @@ from torch import Tensor
 
 from instructrl.trainers.experience import Episodes
 from instructrl.trainers.losses import kl_k1, kl_k3
-from instructrl.trainers.ppo_config import PPOConfig
 
 
 def episode_stats(episodes: Episodes) -> dict[str, Tensor]:
@@ -59,12 +58,17 @@ UPDATE_STATS = (
 
 
 @torch.no_grad()
-def update_stats(logprobs, old, policy, values, old_values, value, args: PPOConfig) -> Tensor:
-    """Sums over a micro-batch's tokens, in the order of UPDATE_STATS. [M] each -> [6]."""
+def update_stats(
+    logprobs: Tensor, old: Tensor, advantages: Tensor, policy: Tensor, values: Tensor, returns: Tensor, value: Tensor
+) -> Tensor:
+    """Sums over a micro-batch's tokens, in the order of UPDATE_STATS. [M] each -> [6].
+
+    policy and value are the clipped losses; a token counts as clipped where that raised its loss.
+    """
     ratio = torch.exp(logprobs - old)
     approx_kl = 0.5 * (logprobs - old) ** 2
-    clipped = ((ratio - 1).abs() > args.cliprange).float()
-    value_clipped = ((values - old_values).abs() > args.cliprange_value).float()
+    clipped = (policy > -advantages * ratio).float()
+    value_clipped = (value > 0.5 * (values - returns) ** 2).float()
     return torch.stack([column.sum() for column in (policy, value, approx_kl, clipped, value_clipped, ratio)])
 
 
