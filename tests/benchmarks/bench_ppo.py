@@ -47,7 +47,7 @@ WORKLOADS = {
     "short": Workload(32, 1 / 16),
     "short-few-end": Workload(32, 1 / 500),
     "long": Workload(128, 1 / 20),
-    "long-few-end": Workload(128, 1 / 500),
+    "long-few-end": Workload(128, 1 / 500, episodes=32),
     "four-epochs": Workload(48, 1 / 20, epochs=4),
     "llama-512": Workload(64, 1 / 20, architecture="llama", vocabulary=512),
     "vocabulary-50k": Workload(32, 1 / 500, vocabulary=50257, episodes=32),
