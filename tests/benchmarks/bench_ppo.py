@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median
 
-from turns import Worker
+from turns import Worker, alternate, rounded
 
 HERE = Path(__file__).parent
 
@@ -47,7 +47,7 @@ WORKLOADS = {
     "short": Workload(32, 1 / 16),
     "short-few-end": Workload(32, 1 / 500),
     "long": Workload(128, 1 / 20),
-    "long-few-end": Workload(128, 1 / 500),
+    "long-few-end": Workload(128, 1 / 500, episodes=32),
     "four-epochs": Workload(48, 1 / 20, epochs=4),
     "llama-512": Workload(64, 1 / 20, architecture="llama", vocabulary=512),
     "vocabulary-50k": Workload(32, 1 / 500, vocabulary=50257, episodes=32),
@@ -58,16 +58,8 @@ WORKLOADS = {
 
 def measure(workload: Workload, sides: list[str], rounds: int) -> dict[str, dict]:
     """Each side's figures, `rounds` iterations of each in turns."""
-    turns: dict[str, list[dict]] = {side: [] for side in sides}
-    workers = {side: Worker(HERE / "ppo_worker.py", workload=asdict(workload), side=side) for side in sides}
-    try:
-        for turn in range(rounds + 2):  # loading, warming up, and what counts
-            for side in sides if turn % 2 else sides[::-1]:
-                turns[side].append(workers[side].turn())
-    finally:
-        for worker in workers.values():
-            worker.close()
-    return {side: figures(turns[side], workload) for side in sides}
+    turns = alternate(HERE / "ppo_worker.py", sides, rounds + 2, workload=asdict(workload))  # two do not count
+    return {side: figures(each, workload) for side, each in turns.items()}
 
 
 def figures(turns: list[dict], workload: Workload) -> dict:
@@ -121,15 +113,6 @@ def summary(lines: list[dict]) -> dict:
             name = worst(values, key=values.get)
             line |= {key: median(values.values()), f"worst_{key}": [name, values[name]]}
     return line
-
-
-def rounded(value):
-    """Three decimals are more than the noise leaves."""
-    if isinstance(value, dict):
-        return {key: rounded(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [rounded(each) for each in value]
-    return round(value, 3) if isinstance(value, float) else value
 
 
 def main() -> None:

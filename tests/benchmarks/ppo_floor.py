@@ -1,9 +1,10 @@
 """The floor of `bench_ppo.py`: how long the matrix products that an iteration of PPO cannot do without take here.
 
 Counted are products over real tokens only: no padding, the head only where a response's token is predicted, attention
-only to what came before, nothing twice. Timed are torch.matmul at the layers' own shapes, with as many rows as a batch
-of tokens has, and when decoding as many as there are unfinished responses. All else (softmax, normalisation,
-activations, memory traffic between products, Python) is left out, so no trainer gets down to this.
+only to what came before (and none while decoding), nothing twice. Timed are torch.matmul at the layers' own shapes,
+with as many rows as a batch of tokens has, and when decoding as many as there are unfinished responses. All else
+(softmax, normalisation, activations, memory traffic between products, Python) is left out, so no trainer gets down to
+this.
 
 Started by the driver with {workload, lengths: for each iteration [[prompt tokens, response tokens], ...]}.
 """

@@ -58,6 +58,31 @@ class Worker:
         self.errors.close()
 
 
+def alternate(script: Path, sides: list[str], turns: int, **arguments: Any) -> dict[str, list[dict[str, Any]]]:
+    """What the workers say of their turns: one worker a side, each turn in another order."""
+    said: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    workers = {side: Worker(script, side=side, **arguments) for side in sides}
+    try:
+        for turn in range(turns):
+            for side in sides if turn % 2 else sides[::-1]:
+                said[side].append(workers[side].turn())
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return said
+
+
+def rounded(value: Any) -> Any:
+    """Three decimals, or three digits of small numbers, are more than the noise leaves."""
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [rounded(each) for each in value]
+    if isinstance(value, float):
+        return round(value, 3) if abs(value) >= 0.1 else float(f"{value:.3g}")
+    return value
+
+
 class Player:
     """The worker's end. Make it first: it takes standard output for itself, because trainers print there."""
 
