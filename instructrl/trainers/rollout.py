@@ -280,7 +280,7 @@ def prefill(
 
 
 def cached(trunk: PreTrainedModel, cache: DynamicCache) -> dict[str, Any]:
-    """How the trunk is given the cache: some architectures of transformers 5.23 and 5.24 know its new name, some not."""
+    """How the trunk is given the cache, whose name changes between versions and architectures of transformers."""
     known = inspect.signature(trunk.forward).parameters
     return {"cache" if "cache" in known else "past_key_values": cache, "use_cache": True}
 
