@@ -30,24 +30,22 @@ LIKE_LENGTH = 0.75  # rows that attention pads together are no shorter than this
 class Rows:
     """Consecutive sequences that attention pads together: `count` of them, to `longest` tokens."""
 
-    tokens: slice
-    """Theirs among the pack's T."""
     slots: Tensor
-    """[their tokens]: each token's place among the count x longest of the padded form."""
+    """[t]: each of their tokens' place among the count x longest of the padded form."""
     count: int
     longest: int
 
     def padded(self, states: Tensor, fill: int = 0) -> Tensor:
-        """A pack's [T, ...] -> these rows' [count, longest, ...], padded on the right."""
-        states = states[self.tokens]
+        """[t, ...] -> [count, longest, ...], padded on the right."""
         if len(states) < self.count * self.longest:
             rows = states.new_full((self.count * self.longest, *states.shape[1:]), fill)
             states = rows.index_copy(0, self.slots, states)
         return states.unflatten(0, (self.count, self.longest))
 
     def unpadded(self, states: Tensor) -> Tensor:
-        """[count, longest, ...] -> [their tokens, ...]."""
-        return states.flatten(0, 1)[self.slots]
+        """[count, longest, ...] -> [t, ...]."""
+        states = states.flatten(0, 1)
+        return states if len(states) == len(self.slots) else states[self.slots]
 
 
 @dataclass(frozen=True)
@@ -69,15 +67,14 @@ class Pack:
     ) -> "Pack":
         """wanted: positions in each sequence. Sequences are best sorted by length."""
         lengths = [len(sequence) for sequence in sequences]
-        *starts, end = accumulate(lengths, initial=0)
+        starts = list(accumulate(lengths, initial=0))
         positions = torch.cat([torch.arange(length) for length in lengths])
-        chosen = [torch.arange(p.start, p.stop) + start for start, p in zip(starts, wanted, strict=True)]
+        chosen = [torch.arange(p.start, p.stop) + start for start, p in zip(starts[:-1], wanted, strict=True)]
         groups = []
         for first, last in like_length(lengths):
-            tokens, longest = slice(starts[first], [*starts, end][last]), max(lengths[first:last])
+            tokens, longest = slice(starts[first], starts[last]), max(lengths[first:last])
             row = torch.arange(last - first).repeat_interleave(torch.tensor(lengths[first:last]))
-            slots = row * longest + positions[tokens]
-            groups.append(Rows(tokens, slots.to(device), last - first, longest))
+            groups.append(Rows((row * longest + positions[tokens]).to(device), last - first, longest))
         return cls(
             ids=torch.tensor([token for sequence in sequences for token in sequence]).to(device),
             positions=positions.to(device),
@@ -85,6 +82,10 @@ class Pack:
             groups=groups,
             pad_token_id=pad_token_id,
         )
+
+    def split(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """[T, ...] -> [t, ...] of each group."""
+        return tokens.split([len(rows.slots) for rows in self.groups])
 
     @property
     def targets(self) -> Tensor:
@@ -108,8 +109,8 @@ def outputs(trunk: PreTrainedModel, pack: Pack) -> Tensor:
     if can_pack(trunk):
         return packed_forward(trunk, pack).last_hidden_state[0][pack.wanted]
     states = [
-        rows.unpadded(trunk(input_ids=rows.padded(pack.ids, pack.pad_token_id), use_cache=False).last_hidden_state)
-        for rows in pack.groups
+        rows.unpadded(trunk(input_ids=rows.padded(ids, pack.pad_token_id), use_cache=False).last_hidden_state)
+        for rows, ids in zip(pack.groups, pack.split(pack.ids), strict=True)
     ]
     return torch.cat(states)[pack.wanted]
 
@@ -139,10 +140,10 @@ def attention(module, query, key, value, attention_mask, pack: Pack | None = Non
     if pack is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     options |= {"is_causal": True}
-    packed = [states[0].transpose(0, 1) for states in (query, key, value)]  # [T, heads, D]
+    parts = [pack.split(states[0].transpose(0, 1)) for states in (query, key, value)]  # [t, heads, D] of each group
     attended = []
-    for rows in pack.groups:
-        padded = [rows.padded(states).transpose(1, 2) for states in packed]  # [count, heads, longest, D]
+    for rows, *states in zip(pack.groups, *parts, strict=True):
+        padded = [rows.padded(part).transpose(1, 2) for part in states]  # [count, heads, longest, D]
         attended.append(rows.unpadded(sdpa_attention_forward(module, *padded, None, **options)[0]))
     return torch.cat(attended)[None], None
 
