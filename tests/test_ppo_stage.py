@@ -73,11 +73,20 @@ def test_the_stage_writes_a_policy_a_critic_and_its_numbers(inputs, tmp_path, na
     assert set(metrics["seconds"]) == {"rollout", "scoring", "update"} | ({"ptx"} if name == "ppo_ptx" else set())
     json.dumps(metrics, allow_nan=False)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [line["episode"] for line in lines] == [16, 32, 48]
+    *training, evaluation = lines
+    assert [line["episode"] for line in training] == [16, 32, 48]
+    assert metrics["held_out"]["score"] == evaluation["eval_objective/scores"]
+    assert metrics["ema"]["kl"] == evaluation["eval_ema_objective/kl"]
+    assert abs(metrics["ema"]["kl"]) < abs(metrics["held_out"]["kl"])  # three iterations of 125: still near the start
+    tables = sorted((tmp_path / "completions").iterdir())
+    assert [table.name for table in tables] == ["000000.jsonl", "000002.jsonl"]
+    assert len(tables[0].read_text().splitlines()) == 8
     assert lines[0]["objective/scores"] == metrics["initial_score"]
     policy = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     critic = AutoModelForSequenceClassification.from_pretrained(tmp_path / "critic")
     before = AutoModelForCausalLM.from_pretrained(inputs["sft"] / "model")
+    average = AutoModelForCausalLM.from_pretrained(tmp_path / "ema").lm_head.weight
+    assert 0 < (average - before.lm_head.weight).norm() < 0.1 * (policy.lm_head.weight - before.lm_head.weight).norm()
     assert not torch.equal(policy.lm_head.weight, before.lm_head.weight)
     assert critic.config.num_labels == 1
     assert Template.load(tmp_path / "model").template == "{prompt}\n"

@@ -23,9 +23,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from instructrl.trainers import losses, rollout
+from instructrl.trainers import completions, losses, rollout
 from instructrl.trainers.actor_critic import ActorCritic, disable_dropout, freeze, load_weights, network
-from instructrl.trainers.completions import write_completions
 from instructrl.trainers.ema import EMA
 from instructrl.trainers.experience import Episodes, Experience, Passes, seeded
 from instructrl.trainers.gelu import fuse_gelu
@@ -180,12 +179,19 @@ class PPOTrainer(Trainer):
         stats = episode_stats(episodes)
         self.record(stats)
         self.kl.update(float(stats["objective/kl"]), args.batch_size)
-        every, last = args.completions_every, iteration == args.num_iterations - 1
-        if every and args.should_save and (iteration % every == 0 or last):
-            folder = Path(args.completions_dir or Path(args.output_dir) / "completions")
-            write_completions(episodes, self.processing_class, folder / f"{iteration:06d}.jsonl", args.num_completions)
+        self.show_completions(episodes, iteration)
         self.last_episodes = episodes
         return episodes
+
+    def show_completions(self, episodes: Episodes, iteration: int) -> None:
+        """Print and keep a table of what was sampled, every so many iterations and in the last one."""
+        args = self.args
+        every, last = args.completions_every, iteration == args.num_iterations - 1
+        if args.should_save and every and (last or iteration % every == 0):
+            rows = completions.completion_rows(episodes, self.processing_class, args.num_completions)
+            folder = Path(args.completions_dir or Path(args.output_dir) / "completions")
+            completions.write(rows, folder / f"{iteration:06d}.jsonl")
+            completions.show(rows, f"iteration {iteration}")
 
     @torch.no_grad()
     def sample_and_score(self, source: Prompts, numbers: list[int], *stream: Any) -> Episodes:
@@ -200,7 +206,7 @@ class PPOTrainer(Trainer):
         starts = [len(prompt) for prompt in prompts]
         actor_critic.eval()
         with self.clock("rollout"), self.accelerator.autocast():
-            completions = rollout.generate(
+            answers = rollout.generate(
                 policy,
                 prompts,
                 max_new_tokens=args.response_length,
@@ -210,12 +216,12 @@ class PPOTrainer(Trainer):
                 uniforms=uniforms,
                 batch_size=args.generation_batch_size,
             )
-        responses = [completion.ids for completion in completions]
+        responses = [answer.ids for answer in answers]
         ended = [response[-1] == self.eos_id for response in responses]
         sequences = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
         batching = {"pad_token_id": self.pad_id, "max_tokens": args.max_tokens}
         with self.clock("scoring"), self.accelerator.autocast():
-            old = [completion.logprobs for completion in completions]
+            old = [answer.logprobs for answer in answers]
             if args.bf16 or policy.dtype != torch.float32:  # the sampler's differ from the update's by up to 0.14 there
                 old = rollout.score_logprobs(policy, sequences, starts, temperature=args.temperature, **batching)
             with self.reference() as reference:
