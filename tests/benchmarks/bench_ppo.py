@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained: a model of 4 layers and width 128, prompts of 8 to 80 tokens, 4 minibatches."""
+    """What is trained: a model of 4 layers and width 128, prompts as uneven as the paper's, 4 minibatches."""
 
     response_length: int
     end_probability: float

@@ -84,6 +84,17 @@ def sequences(count: int, vocabulary: int, shortest: int, longest: int, seed: in
     return [[rng.randrange(2, vocabulary) for _ in range(rng.randint(shortest, longest))] for _ in range(count)]
 
 
+def prompts(count: int, vocabulary: int, seed: int) -> list[list[int]]:
+    """Random ids of lengths as uneven as the paper's PPO prompts: log-normal, the mean 2.7 times the median (Table 9).
+
+    The median is a third of the paper's, 20 tokens, and none has more than 120 (the paper's limit is 16 medians).
+    """
+    rng = random.Random(seed)
+    spread = math.sqrt(2 * math.log(166 / 62))
+    lengths = [min(max(round(rng.lognormvariate(math.log(20), spread)), 1), 120) for _ in range(count)]
+    return [[rng.randrange(2, vocabulary) for _ in range(length)] for length in lengths]
+
+
 def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """input_ids and attention_mask [rows, longest], padded on the right."""
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=PAD)

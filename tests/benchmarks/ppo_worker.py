@@ -61,7 +61,7 @@ def models_of(workload: dict) -> dict:
 def prompts_of(workload: dict) -> list[list[int]]:
     import models
 
-    return models.sequences(1024, workload["vocabulary"], 8, 80, seed=2)
+    return models.prompts(1024, workload["vocabulary"], seed=2)
 
 
 def pretraining_of(workload: dict) -> list[list[int]]:
