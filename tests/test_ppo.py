@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import oracle_ppo as oracle
 import pytest
@@ -266,6 +267,16 @@ def test_without_ptx_coef_the_pretraining_data_change_nothing(tmp_path):
     with_data = trained(tmp_path)
     without = trained(tmp_path, models={"ptx_dataset": None})
     assert distance(weights(with_data.model), weights(without.model)) == 0
+
+
+def test_the_papers_gamma_trains_on_and_its_ratio_says_what_it_does(tmp_path):
+    """At 27.8 the pretraining gradient decides: its loss falls, nothing diverges, and PPO's share is small."""
+    options = {"total_episodes": 8 * 20, "learning_rate": 5e-3, "ptx_ratio": 2.0}
+    weak, papers = (log(trained(tmp_path, ptx_coef=gamma, **options)) for gamma in (0.01, 27.8))
+    assert papers[-1]["loss/ptx"] < papers[0]["loss/ptx"] - 0.3
+    assert papers[-1]["loss/ptx"] < weak[-1]["loss/ptx"] - 0.2
+    assert all(math.isfinite(value) for line in papers for value in line.values())
+    assert max(line["ptx/grad_ratio"] for line in weak) < 1 < min(line["ptx/grad_ratio"] for line in papers)
 
 
 def test_eight_pretraining_examples_an_episode_and_every_one_once_a_pass(tmp_path):

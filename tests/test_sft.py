@@ -316,3 +316,14 @@ def test_real_weights(tmp_path):
     # Its pad token is <unk>; it gets one of its own, and the embedding a row.
     before["transformers_version"] = after["transformers_version"]
     assert after == before | {"pad_token_id": 512, "vocab_size": 513}
+
+
+def test_autocast_is_left_to_trl(inputs, tmp_path):
+    """The fast loss calls the trunk by itself, where autocast would not reach it."""
+    asked = recipe(sft={"trainer": {"bf16": True}})
+    trls, ours = (make(inputs, tmp_path, kind, asked) for kind in (SFTTrainer, sft.FastSFTTrainer))
+    losses = []
+    for trainer in (trls, ours):
+        with trainer.accelerator.autocast():
+            losses.append(trainer.compute_loss(trainer.model, batch(trainer)).item())
+    assert losses[0] == losses[1]

@@ -31,10 +31,10 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
     to `folder/critic`, and tables of completions to `folder/completions`. `name` is the recipe's section.
 
     Returns:
-        prompts, dropped (too long), iterations, optimizer_steps; initial_score, initial_length; score, kl (nats a
-        response), length (tokens), entropy, explained_variance and, with pretraining, ptx_loss (nats a token, or an
-        example, as `ptx_normalization` says) and ptx_grad_ratio, each a mean over the last tenth of the iterations;
-        held_out, and ema if there is one: score, kl, length and entropy on validation prompts; seconds by phase.
+        score, kl (nats a response), length (tokens), entropy, explained_variance and, with pretraining, ptx_loss (nats
+        a token, or an example, as `ptx_normalization` says) and ptx_grad_ratio, each a mean over the last tenth of the
+        iterations; initial_score, initial_length; prompts, dropped (too long), iterations, optimizer_steps; held_out,
+        and ema if there is one: score, kl, length and entropy on validation prompts; seconds by phase.
         TRL's trainer has no explained_variance, and answers no validation prompts.
 
     Raises:
@@ -74,13 +74,13 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
 
     last = log[-max(1, round(LAST * len(log))) :]
     return {
+        **{ours: sum(line[key] for line in last) / len(last) for ours, key in FINAL.items() if key in last[0]},
+        "initial_score": log[0][FINAL["score"]],
+        "initial_length": log[0][FINAL["length"]],
         "prompts": len(prompts),
         "dropped": dropped,
         "iterations": len(log),
         "optimizer_steps": len(log) * section.num_ppo_epochs * section.num_mini_batches,
-        "initial_score": log[0][FINAL["score"]],
-        "initial_length": log[0][FINAL["length"]],
-        **{ours: sum(line[key] for line in last) / len(last) for ours, key in FINAL.items() if key in last[0]},
         **held_out,
         "seconds": {
             key.removeprefix("seconds/"): sum(line[key] for line in log) for key in log[0] if key.startswith("seconds/")

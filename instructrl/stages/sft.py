@@ -136,6 +136,7 @@ class FastSFTTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         plain = model is self.model and model.config.model_type in self.PLAIN and self.args.loss_type == "nll"
+        plain = plain and "attention_mask" in inputs and not self.args.bf16  # packed rows have no mask
         if return_outputs or not plain or model.device.type != "cpu" or self.label_smoother is not None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         hidden, targets = labelled(model, inputs, self.max_tokens)
