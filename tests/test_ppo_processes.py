@@ -22,12 +22,13 @@ def train(rank, port, folder):
             patch.setenv(name, str(value))
         torch.set_num_threads(1)
         made = test_ppo.trained(folder, **OPTIONS)
+        evaluated = made.evaluate(test_ppo.PROMPTS)  # 11: one process answers more than the other
         if rank == 0:
             made.save_model()
             line = test_ppo.log(made)[-1]
             numbers = {name: value for name, value in line.items() if "seconds" not in name and name != "eps"}
             policy, critic = test_ppo.weights(made.model.policy), test_ppo.weights(made.model.critic)
-            torch.save((policy, critic, dict(made.ema.averages), made.kl.coef, numbers), folder / "end")
+            torch.save((policy, critic, dict(made.ema.averages), made.kl.coef, numbers, evaluated), folder / "end")
 
 
 @pytest.mark.slow
@@ -36,7 +37,7 @@ def test_two_processes_do_what_one_does(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(train, (port, tmp_path), nprocs=2)
-    policy, critic, averages, kl_coef, numbers = torch.load(tmp_path / "end", weights_only=True)
+    policy, critic, averages, kl_coef, numbers, evaluated = torch.load(tmp_path / "end", weights_only=True)
     alone = test_ppo.trained(tmp_path, **OPTIONS | {"ddp_backend": None})
     strip = {name.removeprefix("module."): p for name, p in alone.model.policy.named_parameters()}
     assert max((policy[name] - p).abs().max().item() for name, p in strip.items()) < 1e-5
@@ -46,3 +47,4 @@ def test_two_processes_do_what_one_does(tmp_path):
     assert kl_coef != alone.args.kl_coef
     for name, value in numbers.items():
         assert test_ppo.log(alone)[-1][name] == pytest.approx(value, abs=1e-4), name
+    assert evaluated == pytest.approx(alone.evaluate(test_ppo.PROMPTS), abs=1e-3)

@@ -68,8 +68,8 @@ class Episodes:
 
 
 def interleave(parts: Sequence[list]) -> list:
-    """[[a, c], [b, d]] -> [a, b, c, d]."""
-    return [item for group in zip(*parts, strict=True) for item in group]
+    """[[a, c], [b]] -> [a, b, c]."""
+    return [part[index] for index in range(len(parts[0])) for part in parts if index < len(part)]
 
 
 class Experience:

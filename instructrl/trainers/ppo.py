@@ -244,7 +244,7 @@ class PPOTrainer(Trainer):
     def reference(self):
         """The reference model: a model of its own, or the policy with its adapter switched off."""
         if self.ref_model is not None:
-            yield self.ref_model
+            yield network(self.ref_model)
             return
         policy = self.accelerator.unwrap_model(self.model).policy
         with policy.disable_adapter():

@@ -52,7 +52,7 @@ class Rewards:
         texts = self._texts(rows, prompts, responses) if self.functions else {}
         for function in self.functions:
             for index, score in enumerate(called(function, completion_ids=responses, **texts)):
-                totals[index] += score or 0.0  # None: not applicable
+                totals[index] += 0.0 if score is None else float(score)
         for response, score in zip(responses, totals, strict=True):
             if not math.isfinite(score):
                 raise ValueError(f"the score of {self.tokenizer.decode(response)!r} is {score}")
