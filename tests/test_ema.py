@@ -61,7 +61,8 @@ def test_both_conventions_follow_the_policy(tmp_path, every, stride):
 def test_it_is_saved_as_a_model_and_the_policy_keeps_its_own_weights(tmp_path):
     made = trained(tmp_path, ema_decay=0.5)
     before = weights(made.model.policy)
-    made.save_ema(tmp_path / "ema")
+    with made.ema.applied():
+        made.model.policy.save_pretrained(tmp_path / "ema")
     saved = weights(AutoModelForCausalLM.from_pretrained(tmp_path / "ema"))
     assert distance(saved, made.ema.averages) == 0
     assert distance(before, weights(made.model.policy)) == 0

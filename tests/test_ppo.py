@@ -8,6 +8,7 @@ import oracle_ppo as oracle
 import pytest
 import tiny_models as tiny
 import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PrinterCallback, TrainerCallback
 
 from instructrl.trainers import rollout
@@ -279,6 +280,13 @@ def test_the_papers_gamma_trains_on_and_its_ratio_says_what_it_does(tmp_path):
     assert max(line["ptx/grad_ratio"] for line in weak) < 1 < min(line["ptx/grad_ratio"] for line in papers)
 
 
+@pytest.mark.parametrize("ids", [[3, 4, tiny.PAD, tiny.PAD], [3], []])
+def test_pretraining_rows_that_are_padded_or_empty_are_refused(tmp_path, ids):
+    made = trainer(tmp_path, ptx_coef=1.0, models={"ptx_dataset": [{"input_ids": ids}]})
+    with pytest.raises(ValueError, match="padded, or has fewer than two tokens"):
+        made.train()
+
+
 def test_eight_pretraining_examples_an_episode_and_every_one_once_a_pass(tmp_path):
     made = trainer(tmp_path, ptx_coef=1.0, total_episodes=32)
     used = []
@@ -532,11 +540,19 @@ def test_wrong_scores_are_refused(tmp_path, scores, message):
         ({"total_episodes": 4}, "total_episodes=4 is less than one batch_size=8"),
         ({"temperature": 0.0}, "must be above 0"),
         ({"ptx_normalization": "mean"}, "neither token_mean nor sequence_sum"),
+        ({"num_ppo_epochs": 0}, "num_ppo_epochs=0 must be at least 1"),
+        ({"response_length": 0}, "response_length=0 must be at least 1"),
+        ({"max_steps": 3}, "max_steps=3: the length of training is total_episodes"),
+        (
+            {"load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps"},
+            "load_best_model_at_end",
+        ),
+        ({"ptx_coef": 1.0, "ptx_ratio": 0.1}, "ptx_ratio=0.1 leaves 0 pretraining examples a step"),
         ({"ema_decay": 1.0}, "ema_decay=1.0 must be at least 0"),
         ({"ema_every": "epoch"}, "ema_every='epoch' is neither iteration nor step"),
         ({"kl_estimator": "k2"}, "kl_estimator='k2' is neither k1 nor k3"),
         ({"kl_target": 0.0}, "kl_target=0.0 must be above 0"),
-        ({"response_length": 40}, "a prompt of 9 tokens and response_length=40 exceed the model's context of 48"),
+        ({"response_length": 40}, "a prompt of 9 tokens and response_length=40 exceed the policy's context of 48"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(tmp_path, settings, message):
@@ -554,6 +570,15 @@ def same_policy():
     return {"model": model, "ref_model": model}
 
 
+def adapted_reference():
+    model = get_peft_model(tiny.policy("llama"), LoraConfig(target_modules=["q_proj"]))
+    return {"model": model, "ref_model": model.get_base_model()}
+
+
+def learnt_prompts():
+    return {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)}
+
+
 def without(name):
     words = tiny.tokenizer()
     setattr(words, name, None)
@@ -569,6 +594,14 @@ def pad_is_eos():
 @pytest.mark.parametrize(
     ("models", "message"),
     [
+        (lambda: {"value_model": tiny.reward_model("llama", max_position_embeddings=10)}, "critic's context of 10"),
+        (
+            lambda: {"reward_model": tiny.reward_model("llama", max_position_embeddings=10)},
+            "reward model's context of 10",
+        ),
+        (lambda: {"ref_model": tiny.policy("llama", vocab_size=20)}, r"the ref_model's vocabulary \(20\) is smaller"),
+        (adapted_reference, "ref_model shares its weights with the policy"),
+        (learnt_prompts, "adapter of learnt prompts"),
         (shared, "value_model shares its weights with another model"),
         (same_policy, "ref_model is the policy itself"),
         (lambda: {"value_model": None}, "value_model is missing"),

@@ -1,10 +1,12 @@
 """Scores by reward models, with and without a vocabulary of their own, and by functions; and what goes wrong."""
 
+import json
+
 import pytest
 import tiny_models as tiny
 import torch
 from test_ppo import PROMPTS, trained, trainer
-from test_prompts import chat_tokenizer
+from test_prompts import TEMPLATE, chat_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -144,16 +146,34 @@ def test_prompts_that_are_all_the_same_are_learnt_from(tmp_path):
 
 
 def test_an_unended_answer_may_have_a_fixed_score(tmp_path):
-    episodes = trainer(tmp_path, missing_eos_score=-7.0).experience(0)
-    assert torch.equal(episodes.final_scores, torch.where(episodes.ended, episodes.scores, -7.0))
-    rewards = (episodes.returns - episodes.values)[:, 0]  # whatever lambda: the last reward is in the first return
-    assert torch.isfinite(rewards).all()
+    options = {"kl_coef": 0.0, "lam": 1.0, "whiten_advantages": False}
+    episodes = trainer(tmp_path, missing_eos_score=-7.0, **options).experience(0)
     assert (~episodes.ended).any()
+    assert torch.allclose(episodes.returns[:, 0], torch.where(episodes.ended, episodes.scores, -7.0), atol=1e-5)
+
+
+def test_a_foreign_reward_model_tells_an_answer_that_ended_from_one_that_was_cut():
+    other = foreign_tokenizer()
+    other.chat_template = TEMPLATE.replace(
+        "{{ m.content }} ", "{{ m.content }} {{ m.role[0] == 'a' and '<stop>' or '' }} "
+    )
+    model = tiny.reward_model("llama", vocab_size=len(other), pad_token_id=2, eos_token_id=1)
+    rewards, rows = Rewards(tiny.tokenizer(), model, other), [{"prompt": [{"role": "user", "content": "w9"}]}] * 2
+    scores = rewards(rows, [[9], [9]], [[5, tiny.EOS], [5]], [True, False])
+    words = [other.convert_tokens_to_ids(f"w{i}") for i in (3, 9, 4, 5)]
+    assert scores == pytest.approx(scores_alone(model, [[*words, 1], words]), abs=1e-5)
+
+
+def test_columns_may_have_any_name_and_functions_return_any_numbers(tmp_path):
+    def reward(completion_ids, function, **_):
+        return torch.tensor([float(number) for number in function])
+
+    rows = [row | {"function": index, "completion_ids": "mine"} for index, row in enumerate(PROMPTS)]
+    made = trainer(tmp_path, models={"train_dataset": rows, "reward_model": None, "reward_funcs": [reward]})
+    assert made.experience(0).scores.tolist() == [float(row) for row in made.prompt_order.rows(0, 8)]
 
 
 def test_tables_of_completions_are_written(tmp_path):
-    import json
-
     made = trained(tmp_path, total_episodes=40, completions_every=3, num_completions=5)
     files = sorted((tmp_path / "completions").iterdir())
     assert [file.name for file in files] == ["000000.jsonl", "000003.jsonl", "000004.jsonl"]

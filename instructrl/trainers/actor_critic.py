@@ -40,7 +40,9 @@ def network(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 def load_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
     """Give the model the weights (or the adapter's) that `save_pretrained` wrote. Reads safetensors only."""
     if isinstance(model, PeftModel):
-        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+        name = model.active_adapter
+        folder = folder if name == "default" else folder / name  # where PEFT saves it
+        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"), adapter_name=name)
         return
     saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
     model.load_state_dict(saved.state_dict())

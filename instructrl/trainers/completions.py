@@ -10,6 +10,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from instructrl.trainers.experience import Episodes
+from instructrl.trainers.losses import kl_k1
 
 SHOWN = 300  # characters of a prompt's end and of a completion's beginning
 
@@ -18,7 +19,7 @@ def completion_rows(episodes: Episodes, tokenizer: PreTrainedTokenizerBase, coun
     """The first `count` episodes: prompt, completion (special tokens left out), score (bias subtracted), reward (with
     the penalty for a missing EOS and for KL), kl (nats), length (tokens, EOS included), ended (with EOS)."""
     mask = episodes.mask
-    kl = (episodes.old_logprobs - episodes.ref_logprobs).mul(mask).sum(1).tolist()
+    kl = kl_k1(episodes.old_logprobs, episodes.ref_logprobs).mul(mask).sum(1).tolist()
     rewards = (episodes.final_scores - episodes.kl_coef * episodes.kl.mul(mask).sum(1)).tolist()
     prompts = tokenizer.batch_decode(episodes.prompts[:count], skip_special_tokens=True)
     completions = tokenizer.batch_decode(episodes.responses[:count], skip_special_tokens=True)

@@ -30,7 +30,8 @@ from instructrl.trainers.experience import Episodes, Experience, Passes, seeded
 from instructrl.trainers.gelu import fuse_gelu
 from instructrl.trainers.kl import KLController
 from instructrl.trainers.packing import Pack
-from instructrl.trainers.ppo_config import PPOConfig, check_models, check_prompts, check_tokenizer
+from instructrl.trainers.ppo_checks import check_adapter, check_logits, check_models, check_prompts, check_tokenizer
+from instructrl.trainers.ppo_config import PPOConfig
 from instructrl.trainers.ppo_stats import UPDATE_STATS, episode_stats, evaluation_stats, gradient_stats, update_stats
 from instructrl.trainers.prompts import Prompts, document_ids, fetch
 from instructrl.trainers.rewards import RewardFunction, Rewards
@@ -77,9 +78,12 @@ class PPOTrainer(Trainer):
         peft_config: puts this adapter on the policy.
 
     Departures from the paper: values are clipped; a response that did not end loses `missing_eos_penalty`; both can be
-    switched off. Departures from TRL 1.12: the score sits on EOS, not on the token after it; policy and critic have
-    their own learning rates and are clipped, each by itself; a loss is a mean over a minibatch's tokens, so its split
-    into micro-batches changes nothing; `objective/scores` is the score before the penalty.
+    switched off. The padding token has probability 0, in every model. The models passed in lose their dropout, as they
+    must while policies are compared.
+
+    Departures from TRL 1.12: the score sits on EOS, not on the token after it; policy and critic have their own
+    learning rates and are clipped, each by itself; a loss is a mean over a minibatch's tokens, so its split into
+    micro-batches changes nothing; `objective/scores` is the score before the penalty.
 
     Raises:
         ValueError: something in these arguments cannot work. Nothing has been trained then.
@@ -112,27 +116,29 @@ class PPOTrainer(Trainer):
             raise ValueError("nothing scores the responses: pass reward_model or reward_funcs")
         if args.ptx_coef and not ptx_dataset:
             raise ValueError(f"ptx_coef={args.ptx_coef} needs pretraining examples: pass ptx_dataset or set it to 0")
-        self.pad_id = processing_class.pad_token_id
-        self.eos_id = processing_class.eos_token_id if args.stop_token_id is None else args.stop_token_id
-        self.prompts = Prompts(train_dataset, processing_class)
-        self.eval_prompts = Prompts(eval_dataset, processing_class) if eval_dataset else None
-        for prompts in (self.prompts, self.eval_prompts):
-            if prompts is not None:
-                check_prompts(prompts.ids, args.response_length, network(model))
-        self.prompt_order = Passes(len(self.prompts), args.seed, "prompts")
-        self.ptx_dataset = ptx_dataset if args.ptx_coef else None
-        self.ptx_order = Passes(len(ptx_dataset), args.seed, "ptx") if self.ptx_dataset else None
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
+        check_adapter("model", model)
+        check_adapter("value_model", value_model)
         if ref_model is None and not isinstance(model, PeftModel):
             ref_model = copy.deepcopy(model)
-        self.ref_model = ref_model  # None: the policy without its adapter
-        self.reward_model = reward_model
         for frozen in filter(None, (ref_model, reward_model)):
             freeze(frozen, args.device)
         for each in filter(None, (model, value_model, ref_model, reward_model)):
             disable_dropout(each)
             fuse_gelu(each)
+        self.ref_model, self.reward_model = ref_model, reward_model  # no reference: the policy without its adapter
+        self.readers = {"policy": model, "critic": value_model, "reference": ref_model}
+        if reward_processing_class is None:  # one with its own tokenizer cuts what is too long for it
+            self.readers["reward model"] = reward_model
+        self.pad_id = processing_class.pad_token_id
+        self.eos_id = processing_class.eos_token_id if args.stop_token_id is None else args.stop_token_id
+        self.prompts = self.read_prompts(train_dataset, processing_class, args)
+        self.eval_prompts = self.read_prompts(eval_dataset, processing_class, args) if eval_dataset else None
+        check_logits(network(model), self.prompts.ids[0])
+        self.prompt_order = Passes(len(self.prompts), args.seed, "prompts")
+        self.ptx_dataset = ptx_dataset if args.ptx_coef else None
+        self.ptx_order = Passes(len(ptx_dataset), args.seed, "ptx") if self.ptx_dataset else None
         tokenizers = {"tokenizer": processing_class, "reward_tokenizer": reward_processing_class}
         limits = {"bias": args.reward_bias, "max_tokens": args.max_tokens}
         self.rewards = Rewards(reward_model=reward_model, functions=list(reward_funcs), **tokenizers, **limits)
@@ -154,6 +160,11 @@ class PPOTrainer(Trainer):
             self.ema = EMA(model, args.ema_decay, 1 if args.ema_every == "step" else args.steps_per_iteration)
             self.add_callback(self.ema)
         self.add_callback(RolloutBoundary)
+
+    def read_prompts(self, dataset, tokenizer: PreTrainedTokenizerBase, args: PPOConfig) -> Prompts:
+        prompts = Prompts(dataset, tokenizer)
+        check_prompts(prompts.ids, args.response_length, self.readers)
+        return prompts
 
     def train(self, *args, **kwargs):
         self.add_callback(self.pop_callback(RolloutBoundary))  # after all others, whose wishes it may put off
@@ -270,7 +281,9 @@ class PPOTrainer(Trainer):
 
         Names as in training behind `eval_`; behind `eval_ema_` what the policy's moving average does.
         """
-        source = self.eval_prompts if eval_dataset is None else Prompts(eval_dataset, self.processing_class)
+        source = self.eval_prompts
+        if eval_dataset is not None:
+            source = self.read_prompts(eval_dataset, self.processing_class, self.args)
         if source is None:
             raise ValueError("there are no prompts to evaluate on: pass eval_dataset")
         metrics: dict[str, float] = {}
@@ -297,14 +310,14 @@ class PPOTrainer(Trainer):
         A step of its own for pretraining would not do: Adam divides out a gradient's scale, and so `ptx_coef`.
         """
         model.train()
-        pretraining = None
+        pretraining: list[Tensor] = []
         if self.ptx_dataset:
             with self.clock("ptx"):
                 self.pretraining_gradients(model)
                 pretraining = [p.grad.clone() for p in self.model.policy.parameters() if p.grad is not None]
         with self.clock("update"):
             loss = self.ppo_gradients(model, inputs["episodes"], inputs["rows"])
-        if pretraining:
+        if self.ptx_dataset:
             if self.args.world_size > 1:
                 pretraining = [self.accelerator.reduce(part, "mean") for part in pretraining]
             total = [p.grad for p in self.model.policy.parameters() if p.grad is not None]
@@ -440,15 +453,11 @@ class PPOTrainer(Trainer):
         if self.ema:
             self.ema.save(folder)
 
-    def save_ema(self, output_dir: str | Path) -> None:
-        """The policy with the moving average as its weights, as `save_pretrained` writes it."""
-        with self.ema.applied():
-            self.accelerator.unwrap_model(self.model).policy.save_pretrained(output_dir)
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         load_weights(self.model.policy, folder)
         load_weights(self.model.critic, folder / "critic")
-        self.kl.coef = json.loads((folder / STATE).read_text())["kl_coef"]
+        if self.kl.target is not None:  # a fixed one is what the settings say now
+            self.kl.coef = json.loads((folder / STATE).read_text())["kl_coef"]
         if self.ema:
             self.ema.load(folder)

@@ -1,13 +1,9 @@
-"""The settings of `PPOTrainer`, and what it refuses."""
+"""The settings of `PPOTrainer`."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
-
-from instructrl.trainers.actor_critic import network
+from transformers import TrainingArguments
 
 CHOICES = {
     "kl_estimator": ("k1", "k3"),
@@ -20,8 +16,11 @@ CHOICES = {
 class PPOConfig(TrainingArguments):
     """Settings of `PPOTrainer`, in the vocabulary of TRL 1.12's PPOConfig. Defaults are the paper's where it has them.
 
-    Batch sizes are over all devices. `max_tokens`, `generation_batch_size` and `gradient_accumulation_steps` (the least
-    number of forward passes a minibatch is cut into) change speed and memory, not results.
+    Batch sizes are over all devices. `max_tokens`, `generation_batch_size` and `gradient_accumulation_steps` (about as
+    many forward passes a minibatch is cut into) change speed and memory, not results.
+
+    Computed, and not read: `max_steps`, `logging_steps`, `per_device_train_batch_size`, `num_train_epochs`, and the
+    scheduler's settings; `total_episodes`, `batch_size`, `num_mini_batches` and `warmup_iterations` say all of it.
 
     Raises:
         ValueError: the settings contradict each other.
@@ -66,9 +65,11 @@ class PPOConfig(TrainingArguments):
     missing_eos_penalty: float = 1.0
     """Subtracted from the score of a response that did not end by itself."""
     missing_eos_score: float | None = None
-    """The score of a response that did not end by itself, in place of its own and of the penalty (arXiv 2403.17031)."""
+    """The score of a response that did not end by itself, in place of its own and of the penalty (arXiv 2403.17031);
+    no bias is subtracted from it."""
     stop_token_id: int | None = None
-    """The token that ends a response; None: the tokenizer's EOS."""
+    """The token that ends a response, where the reward model then reads its score; None: the tokenizer's EOS. Another
+    token makes EOS one like all others."""
     reward_bias: float = 0.0
     """The demonstrations' mean score, subtracted from every score and from the critic's values (App. C.2)."""
     ptx_coef: float = 0.0
@@ -103,6 +104,15 @@ class PPOConfig(TrainingArguments):
     def __post_init__(self):
         eval_steps = self.eval_steps
         super().__post_init__()
+        for name in ("batch_size", "num_mini_batches", "num_ppo_epochs", "response_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.max_steps > 0:
+            raise ValueError(f"max_steps={self.max_steps}: the length of training is total_episodes")
+        if self.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end: policy and critic are saved apart; load the best checkpoint later"
+            )
         shares = self.num_mini_batches * self.world_size
         if self.batch_size % shares:
             raise ValueError(
@@ -116,6 +126,11 @@ class PPOConfig(TrainingArguments):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is neither {' nor '.join(choices)}")
+        if self.ptx_coef and self.ptx_batch_size < self.world_size:
+            raise ValueError(
+                f"ptx_ratio={self.ptx_ratio} leaves {self.ptx_batch_size} pretraining examples a step for "
+                f"{self.world_size} processes: raise it, or batch_size"
+            )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} must be at least 0 (none) and below 1")
         if self.kl_target is not None and self.kl_target <= 0:
@@ -127,6 +142,7 @@ class PPOConfig(TrainingArguments):
         self.num_iterations = math.ceil(self.total_episodes / self.batch_size)
         self.max_steps = self.num_iterations * self.steps_per_iteration
         self.logging_steps = self.steps_per_iteration
+        self.logging_first_step = False  # an iteration's numbers are one line
         self.eval_steps = eval_steps or self.steps_per_iteration
         self.max_tokens = self.max_tokens or (1024 if self.device.type == "cpu" else 4096)
         # Trainer's accumulation would count our minibatches; ours is within one.
@@ -139,62 +155,3 @@ class PPOConfig(TrainingArguments):
     def ptx_batch_size(self) -> int:
         """Pretraining examples an optimizer step, over all devices."""
         return round(self.ptx_ratio * self.batch_size / self.num_mini_batches)
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str = "tokenizer") -> None:
-    """Raises ValueError unless it has an EOS token and another one for padding."""
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the {name} has no EOS token, so no response could ever end: set tokenizer.eos_token")
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        raise ValueError(
-            f"the {name}'s pad token is missing or the same as EOS, which would hide where a response ends: add one "
-            "with tokenizer.add_special_tokens({'pad_token': '<|pad|>'}) and resize the models' embeddings"
-        )
-
-
-def check_models(
-    policy: PreTrainedModel | PeftModel,
-    critic: PreTrainedModel | PeftModel | None,
-    reference: PreTrainedModel | None,
-    reward_model: PreTrainedModel | PeftModel | None,
-    tokenizer: PreTrainedTokenizerBase,
-    reward_tokenizer: PreTrainedTokenizerBase | None,
-) -> None:
-    """Raises ValueError if two models share weights, or one cannot do what it is there for."""
-    if critic is None:
-        raise ValueError("value_model is missing: load the reward model a second time and pass it")
-    if reference is policy:
-        raise ValueError("ref_model is the policy itself, so KL would always be 0: leave it out, or load it twice")
-    others = [model for model in (policy, reference, reward_model) if model is not None]
-    weights = {id(parameter) for model in others for parameter in model.parameters()}
-    if any(id(parameter) in weights for parameter in critic.parameters()):
-        raise ValueError(
-            "value_model shares its weights with another model (is it the reward model itself?), which training would "
-            "change too: load the reward model a second time"
-        )
-    for name, model in (("value_model", critic), ("reward_model", reward_model)):
-        if model is not None and (getattr(network(model), "score", None) is None or model.config.num_labels != 1):
-            raise ValueError(f"{name} must be a sequence-classification model with one label and a `score` head")
-    roles = (("policy", policy, tokenizer), ("value_model", critic, tokenizer))
-    for name, model, words in (*roles, ("reward_model", reward_model, reward_tokenizer or tokenizer)):
-        if model is not None and network(model).get_input_embeddings().num_embeddings < len(words):
-            size = network(model).get_input_embeddings().num_embeddings
-            raise ValueError(
-                f"the {name}'s vocabulary ({size}) is smaller than the tokenizer's ({len(words)}): policy and critic "
-                "must share one tokenizer, and a reward model with its own needs reward_processing_class"
-            )
-
-
-def check_prompts(prompts: Sequence[Sequence[int]], response_length: int, policy: PreTrainedModel) -> None:
-    """Raises ValueError if there are none, one is empty, or one leaves no room for a response."""
-    if not prompts:
-        raise ValueError("train_dataset has no prompts")
-    if not all(len(prompt) for prompt in prompts):
-        raise ValueError("a prompt has no tokens, so there is nothing to continue: give it at least a BOS token")
-    longest = max(map(len, prompts))
-    context = getattr(policy.config, "max_position_embeddings", None)
-    if context is not None and longest + response_length > context:
-        raise ValueError(
-            f"a prompt of {longest} tokens and response_length={response_length} exceed the model's context of "
-            f"{context}: drop such prompts, or shorten the response"
-        )

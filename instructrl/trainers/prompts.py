@@ -46,10 +46,17 @@ def prompt_ids(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def document_ids(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """A pretraining example: its `input_ids`, or its `text` with EOS at the end."""
-    if "input_ids" in row:
-        return list(row["input_ids"])
-    return [*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id]
+    """A pretraining example: its `input_ids`, or its `text` with EOS at the end.
+
+    Raises:
+        ValueError: it is padded, or too short to predict anything.
+    """
+    ids = (
+        list(row["input_ids"]) if "input_ids" in row else [*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id]
+    )
+    if len(ids) < 2 or tokenizer.pad_token_id in ids:
+        raise ValueError("a row of ptx_dataset is padded, or has fewer than two tokens: pass documents as they are")
+    return ids
 
 
 def is_conversation(prompt: Any) -> bool:

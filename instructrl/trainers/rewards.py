@@ -11,6 +11,7 @@ from instructrl.trainers import rollout
 from instructrl.trainers.actor_critic import network
 from instructrl.trainers.prompts import is_conversation
 
+GIVEN = ("prompt", "prompt_ids", "completion", "completion_ids", "prompts", "completions")  # in a form of our own
 RewardFunction = Callable[..., Sequence[float | None]]
 
 
@@ -22,7 +23,8 @@ class Rewards:
         tokenizer: the policy's.
         reward_model: a sequence-classification model with one label, read at a response's last token.
         reward_tokenizer: the reward model's, if it is not the policy's: prompts and responses are then decoded and
-            tokenised anew, with EOS after a response that ended. None: the reward model reads the policy's ids.
+            tokenised anew, a response that ended with EOS after it, or as its chat template ends a message. None: the
+            reward model reads the policy's ids.
         functions: `f(prompts, completions, completion_ids, **columns) -> list of scores`, as in TRL: prompts and
             completions are text, or messages where the prompt is a conversation. None means that a function has
             nothing to say of a response.
@@ -52,7 +54,7 @@ class Rewards:
         texts = self._texts(rows, prompts, responses) if self.functions else {}
         for function in self.functions:
             for index, score in enumerate(called(function, completion_ids=responses, **texts)):
-                totals[index] += 0.0 if score is None else float(score)
+                totals[index] += score or 0.0  # None: not applicable
         for response, score in zip(responses, totals, strict=True):
             if not math.isfinite(score):
                 raise ValueError(f"the score of {self.tokenizer.decode(response)!r} is {score}")
@@ -77,17 +79,18 @@ class Rewards:
         for index, (prompt, text, end) in enumerate(zip(texts["prompts"], decoded, ended, strict=True)):
             if is_conversation(prompt):
                 messages = prompt + texts["completions"][index]
-                ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+                unfinished = {} if end else {"continue_final_message": True}
+                ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **unfinished)
             else:
                 ids = tokenizer(text)["input_ids"]
                 if end and ids[-1:] != [tokenizer.eos_token_id]:
                     ids = [*ids, tokenizer.eos_token_id]
-            sequences.append(ids[-context:])
+            sequences.append(ids[-context:] or [tokenizer.eos_token_id])
         return sequences
 
     def _texts(self, rows, prompts, responses) -> dict[str, list]:
         """The columns that reward functions are given, `completion_ids` apart."""
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "prompt_ids")}
+        columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else ()) if name not in GIVEN}
         decoded = self.tokenizer.batch_decode(prompts, skip_special_tokens=True)
         asked = [row.get("prompt", text) for row, text in zip(rows, decoded, strict=True)]
         answers = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
@@ -98,11 +101,11 @@ class Rewards:
         return columns | {"prompts": asked, "completions": completions}
 
 
-def called(function: RewardFunction, **arguments: Any) -> Sequence[float | None]:
+def called(function: RewardFunction, /, **arguments: Any) -> Sequence[float | None]:
     """The function's scores, one a response, or a ValueError that names it."""
     name = getattr(function, "__name__", type(function).__name__)
     try:
-        scores = function(**arguments)
+        scores = [None if score is None else float(score) for score in function(**arguments)]
     except Exception as error:
         raise ValueError(f"reward function {name} failed: {type(error).__name__}: {error}") from error
     if len(scores) != len(arguments["completion_ids"]):

@@ -135,7 +135,7 @@ def score_logprobs(
     pad_token_id: int,
     max_tokens: int,
 ) -> list[Tensor]:
-    """Log-probabilities of each sequence's response tokens: [response length] float32 on the CPU, one a sequence."""
+    """Log-probabilities of each sequence's response tokens: [response length] on the CPU, one a sequence."""
     wanted = [predicting(sequence, start) for sequence, start in zip(sequences, prompt_lengths, strict=True)]
     return _per_row(
         model, sequences, wanted, pad_token_id, max_tokens, lambda pack: response_logprobs(model, pack, temperature)
@@ -151,7 +151,7 @@ def score_values(
     pad_token_id: int,
     max_tokens: int,
 ) -> list[Tensor]:
-    """The critic's scalar before each response token: [response length] float32 on the CPU, one a sequence."""
+    """The critic's scalar before each response token: [response length] on the CPU, one a sequence."""
     wanted = [predicting(sequence, start) for sequence, start in zip(sequences, prompt_lengths, strict=True)]
     return _per_row(critic, sequences, wanted, pad_token_id, max_tokens, lambda pack: token_scores(critic, pack))
 
@@ -306,4 +306,6 @@ def draw(logits: Tensor, temperature: float, uniforms: Tensor | None) -> tuple[T
     cumulative = probabilities.cumsum(-1)
     threshold = uniforms[:, None] * cumulative[:, -1:]
     token = torch.searchsorted(cumulative, threshold, right=True).clamp(max=logits.shape[-1] - 1)
+    # A GPU's running sums need not rise evenly: rounding may point at a token of probability 0.
+    token = torch.where(probabilities.gather(1, token) > 0, token, probabilities.argmax(-1, keepdim=True))
     return token[:, 0], probabilities.gather(1, token)[:, 0].log()
