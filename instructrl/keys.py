@@ -72,7 +72,8 @@ def did_you_mean(close: Sequence[str]) -> str:
 def nearest(key: str) -> list[str]:
     """The keys that were probably meant: every part corrected, else the same last part in other sections."""
     path, kind = [], Recipe
-    for part in key.split("."):
+    *parents, last = key.split(".")
+    for part in parents:
         section = section_of(kind)
         match = closest(part, section.model_fields) if section else part
         kind = kind_of([match], kind) if match else None
@@ -80,7 +81,10 @@ def nearest(key: str) -> list[str]:
             break
         path.append(match)
     else:
-        return [".".join(path)]
+        section = section_of(kind)
+        found = similar(last, section.model_fields) if section else [last] if kind_of([last], kind) else []
+        if found:
+            return [".".join([*path, name]) for name in found]
     leaf = key.rpartition(".")[2]
     known = every_key()
     same = [name for name in known if name.rpartition(".")[2] == leaf]
@@ -89,8 +93,13 @@ def nearest(key: str) -> list[str]:
 
 
 def closest(word: str, names: Iterable[str]) -> str | None:
-    """The name itself, the most similar one, or the only one that has the word as one of its words."""
+    """The only name that is `similar`."""
+    close = similar(word, names)
+    return close[0] if len(close) == 1 else None
+
+
+def similar(word: str, names: Iterable[str]) -> list[str]:
+    """The name itself, else the most similar one, else all that have the word as one of their words."""
     names = list(names)
     close = [word] if word in names else difflib.get_close_matches(word, names, n=1, cutoff=0.65)
-    close = close or [name for name in names if word in name.split("_")]
-    return close[0] if len(close) == 1 else None
+    return close or [name for name in names if word in name.split("_")]

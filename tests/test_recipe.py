@@ -134,7 +134,7 @@ def test_printed_recipe_is_the_same_recipe(here: Path) -> None:
             "reward_model.learning_rate or ...?",
         ),
         ("stf.epochs=2", "There is no key 'stf.epochs'. Did you mean sft.epochs?"),
-        ("ppo.kl=2", "There is no key 'ppo.kl'. Did you mean ppo.kl_coef?"),
+        ("ppo.kl=2", "There is no key 'ppo.kl'. Did you mean ppo.kl_coef or ppo.kl_estimator or ppo.kl_target or ...?"),
         ("sft._target_=os.system", "There is no key 'sft._target_'. sft has learning_rate, "),
         ("reward-model.epochs=1", "There is no key 'reward-model.epochs'. Did you mean reward_model.epochs?"),
         ("hydra.run.dir=x", "There is no key 'hydra.run.dir'."),
