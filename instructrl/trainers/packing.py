@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "instructrl_packed"
-# Tried: their attention depends on positions alone. What is not here is padded.
+# Their attention depends on positions alone (tests/test_packing.py tries each). What is not here is padded.
 ARCHITECTURES = frozenset({"gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3"})
 
 
@@ -117,9 +117,8 @@ def outputs(trunk: PreTrainedModel, pack: Pack) -> Tensor:
 
 def packed_forward(trunk: PreTrainedModel, pack: Pack, **options):
     """The trunk on one row of tokens."""
-    no_mask = torch.empty(
-        1, 1, 1, 1, device=pack.ids.device
-    )  # a mask of four dimensions keeps the model from making one
+    # A mask of four dimensions keeps the model from making one.
+    no_mask = torch.empty(1, 1, 1, 1, device=pack.ids.device)
     ids, positions = pack.ids[None], pack.positions[None]
     options = {"use_cache": False} | options
     return trunk(input_ids=ids, position_ids=positions, attention_mask=no_mask, pack=pack, **options)

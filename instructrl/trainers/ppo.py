@@ -3,7 +3,8 @@
 `PPOTrainer` reads as the paper's loop: sample and score episodes, shape rewards, estimate advantages; then for every
 minibatch add the pretraining gradient and the PPO gradient, and step. The equations are in `losses.py`, sampling and
 log-probabilities in `rollout.py`, scores in `rewards.py`, episodes and minibatches in `experience.py`, the coefficient
-of the KL penalty in `kl.py`, the weights' moving average in `ema.py`, and settings in `ppo_config.py`.
+of the KL penalty in `kl.py`, the weights' moving average in `ema.py`, settings in `ppo_config.py`, and what is refused
+in `ppo_checks.py`. `docs/ppo.md` is the map.
 """
 
 import copy
