@@ -117,14 +117,6 @@ def test_the_value_clip(value, old, target, expected, moves):
     assert values.grad.item() == pytest.approx(value - target if moves else 0.0, rel=1e-6)
 
 
-def test_the_loss_of_a_minibatch_is_the_sum_of_its_parts():
-    policy, value = normal(10), normal(10, seed=1)
-    whole = losses.ppo_loss(policy, value, 0.1, 10)
-    parts = losses.ppo_loss(policy[:3], value[:3], 0.1, 10) + losses.ppo_loss(policy[3:], value[3:], 0.1, 10)
-    assert parts.item() == pytest.approx(whole.item(), abs=1e-12)
-    assert whole.item() == pytest.approx((policy.mean() + 0.1 * value.mean()).item(), abs=1e-12)
-
-
 def test_kl_estimators_against_the_exact_divergence():
     """k1 and k3 are unbiased: weighted by the policy's probabilities they sum to KL, exactly. k3 is never negative."""
     policy, reference = normal(6, seed=3).log_softmax(0), normal(6, seed=4).log_softmax(0)

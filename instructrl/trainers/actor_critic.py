@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
@@ -22,10 +22,12 @@ class ActorCritic(nn.Module):
         self.policy, self.critic = policy, critic
         self.config = copy.deepcopy(policy.config)  # Trainer writes into it; the policy's own is saved with the policy
 
-    def forward(self, pack: Pack, temperature: float, values: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities of, and values before, the tokens that follow the wanted ones -> [M], [M] or None."""
-        logprobs = rollout.response_logprobs(network(self.policy), pack, temperature)
-        return logprobs, rollout.token_scores(network(self.critic), pack) if values else None
+    def forward(self, role: Literal["policy", "critic"], pack: Pack, temperature: float = 1.0) -> Tensor:
+        """The policy's log-probabilities of the tokens that follow the wanted ones, or the critic's values before
+        them -> [M]. One network a call: two together would keep both networks' activations for one backward pass."""
+        if role == "policy":
+            return rollout.response_logprobs(network(self.policy), pack, temperature)
+        return rollout.token_scores(network(self.critic), pack)
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         network(self.policy).activation_checkpointing_enable(**options)

@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from instructrl.trainers.packing import Pack
 from instructrl.trainers.ppo_config import PPOConfig
 
 
@@ -65,6 +66,18 @@ class Episodes:
         columns["scores"] = torch.tensor(columns["scores"], dtype=columns["values"].dtype)
         columns["ended"] = torch.tensor(columns["ended"])
         return cls(mask=torch.arange(int(lengths.max()))[None] < lengths[:, None], **columns)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """M response tokens of some episodes, laid flat, and the sequences that they are in."""
+
+    pack: Pack
+    old_logprobs: Tensor
+    advantages: Tensor
+    values: Tensor
+    returns: Tensor
+    """[M] each."""
 
 
 def interleave(parts: Sequence[list]) -> list:

@@ -94,14 +94,6 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange_va
     return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
 
 
-def ppo_loss(policy_losses: Tensor, value_losses: Tensor, vf_coef: float, num_tokens: int) -> Tensor:
-    """(sum policy + vf_coef * sum value) / N, N the response tokens of the whole minibatch (over all devices).
-
-    [M], [M] -> []. Summed over a minibatch's micro-batches it is the minibatch's loss, however that is split.
-    """
-    return (policy_losses.sum() + vf_coef * value_losses.sum()) / num_tokens
-
-
 def ptx_loss(logprobs: Tensor, denominator: int) -> Tensor:
     """-sum log p(x) / D: the pretraining term of eq. 2 (section 3.5) for one micro-batch. logprobs [M] -> [].
 

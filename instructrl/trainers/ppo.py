@@ -27,13 +27,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from instructrl.trainers import completions, losses, rollout
 from instructrl.trainers.actor_critic import ActorCritic, disable_dropout, freeze, load_weights, network
 from instructrl.trainers.ema import EMA
-from instructrl.trainers.experience import Episodes, Experience, Passes, seeded
+from instructrl.trainers.experience import Episodes, Experience, MicroBatch, Passes, seeded
 from instructrl.trainers.gelu import fuse_gelu
 from instructrl.trainers.kl import KLController
 from instructrl.trainers.packing import Pack
 from instructrl.trainers.ppo_checks import check_adapter, check_logits, check_models, check_prompts, check_tokenizer
 from instructrl.trainers.ppo_config import PPOConfig
-from instructrl.trainers.ppo_stats import UPDATE_STATS, episode_stats, evaluation_stats, gradient_stats, update_stats
+from instructrl.trainers.ppo_stats import (
+    UPDATE_STATS,
+    episode_stats,
+    evaluation_stats,
+    gradient_stats,
+    policy_stats,
+    value_stats,
+)
 from instructrl.trainers.prompts import Prompts, document_ids, fetch
 from instructrl.trainers.rewards import RewardFunction, Rewards
 
@@ -326,34 +333,48 @@ class PPOTrainer(Trainer):
         return loss
 
     def ppo_gradients(self, model: nn.Module, episodes: Episodes, rows: list[int]) -> Tensor:
-        """Back-propagate the clipped losses of a minibatch (this process's share) in micro-batches of like length."""
+        """Back-propagate the clipped losses of a minibatch (this process's share) in micro-batches of like length.
+
+        First all of the policy's, then all of the critic's: the activations of one network are in memory at a time.
+        """
         args = self.args
         num_tokens = int(episodes.mask[rows].sum())  # of the minibatch over all processes
         own = rows[args.process_index :: args.world_size]
         lengths, most = [len(episodes.sequences[row]) for row in own], math.ceil(len(own) / args.micro_batches)
         batches = rollout.length_batches(lengths, args.max_tokens, most)
+        micros = [self.micro_batch(episodes, [own[index] for index in batch]) for batch in batches]
         total, stats = torch.zeros((), device=args.device), torch.zeros(len(UPDATE_STATS), device=args.device)
-        for number, batch in enumerate(batches):
-            micro = [own[index] for index in batch]
-            mask = episodes.mask[micro]
-            old, advantages, old_values, returns = (
-                column[micro][mask].to(args.device)  # [M], row after row, as the pack has them
-                for column in (episodes.old_logprobs, episodes.advantages, episodes.values, episodes.returns)
-            )
-            sequences, starts = [episodes.sequences[i] for i in micro], [episodes.prompt_lengths[i] for i in micro]
-            # Gradients are averaged over processes, once, on the last backward pass; hence the factor.
-            with self.accelerator.no_sync(model) if number < len(batches) - 1 else nullcontext():
-                with self.compute_loss_context_manager():
-                    logprobs, values = model(self.pack(sequences, starts), temperature=args.temperature)
-                    values = values - args.reward_bias
-                    policy = losses.policy_loss(logprobs, old, advantages, args.cliprange)
-                    value = losses.value_loss(values, old_values, returns, args.cliprange_value)
-                    loss = losses.ppo_loss(policy, value, args.vf_coef, num_tokens) * args.world_size
-                self.accelerator.backward(loss)
-            total += loss.detach()
-            stats += update_stats(logprobs, old, advantages, policy, values, returns, value)
+
+        def policy_losses(micro: MicroBatch) -> tuple[Tensor, Tensor]:
+            logprobs = model("policy", micro.pack, args.temperature)
+            clipped = losses.policy_loss(logprobs, micro.old_logprobs, micro.advantages, args.cliprange)
+            return clipped, policy_stats(logprobs, micro.old_logprobs, micro.advantages, clipped)
+
+        def value_losses(micro: MicroBatch) -> tuple[Tensor, Tensor]:
+            values = model("critic", micro.pack) - args.reward_bias
+            clipped = losses.value_loss(values, micro.values, micro.returns, args.cliprange_value)
+            return args.vf_coef * clipped, value_stats(values, micro.returns, clipped)
+
+        for token_losses in (policy_losses, value_losses):
+            for number, micro in enumerate(micros):
+                # Gradients are averaged over processes, once, on the last backward pass; hence the factor.
+                with self.accelerator.no_sync(model) if number < len(micros) - 1 else nullcontext():
+                    with self.compute_loss_context_manager():
+                        of_tokens, of_stats = token_losses(micro)
+                        loss = of_tokens.sum() / num_tokens * args.world_size
+                    self.accelerator.backward(loss)
+                total += loss.detach()
+                stats += of_stats
         self.record({"update": stats / num_tokens})
         return total
+
+    def micro_batch(self, episodes: Episodes, rows: list[int]) -> MicroBatch:
+        """Some episodes' tokens, row after row as the pack has them."""
+        sequences, starts = [episodes.sequences[row] for row in rows], [episodes.prompt_lengths[row] for row in rows]
+        mask = episodes.mask[rows]
+        columns = (episodes.old_logprobs, episodes.advantages, episodes.values, episodes.returns)
+        flat = (column[rows][mask].to(self.args.device) for column in columns)
+        return MicroBatch(self.pack(sequences, starts), *flat)
 
     def pretraining_gradients(self, model: nn.Module) -> None:
         """Back-propagate `ptx_coef` times the language-modelling loss of the next pretraining examples (eq. 2)."""
@@ -369,7 +390,7 @@ class PPOTrainer(Trainer):
             for batch in rollout.length_batches([len(example) for example in own], args.max_tokens):
                 pack = self.pack([own[index] for index in batch], [1] * len(batch))
                 with self.compute_loss_context_manager():
-                    logprobs, _ = model(pack, temperature=1.0, values=False)
+                    logprobs = model("policy", pack)
                     loss = losses.ptx_loss(logprobs, denominator) * args.world_size
                 self.accelerator.backward(args.ptx_coef * loss)
                 total += loss.detach()

@@ -1,6 +1,7 @@
 """The numbers that `PPOTrainer` logs: tensors in, names and tensors out. Names are TRL 1.12's where it has them."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from instructrl.trainers.experience import Episodes
@@ -47,29 +48,28 @@ def evaluation_stats(episodes: Episodes) -> dict[str, Tensor]:
     return {name: stats[name] for name in EVALUATED}
 
 
-UPDATE_STATS = (
-    "loss/policy_avg",
-    "loss/value_avg",
-    "policy/approxkl_avg",
-    "policy/clipfrac_avg",
-    "val/clipfrac_avg",
-    "val/ratio",
-)
+POLICY_STATS = ("loss/policy_avg", "policy/approxkl_avg", "policy/clipfrac_avg", "val/ratio")
+VALUE_STATS = ("loss/value_avg", "val/clipfrac_avg")
+UPDATE_STATS = (*POLICY_STATS, *VALUE_STATS)
 
 
 @torch.no_grad()
-def update_stats(
-    logprobs: Tensor, old: Tensor, advantages: Tensor, policy: Tensor, values: Tensor, returns: Tensor, value: Tensor
-) -> Tensor:
-    """Sums over a micro-batch's tokens, in the order of UPDATE_STATS. [M] each -> [6].
+def policy_stats(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clipped_losses: Tensor) -> Tensor:
+    """Sums over a micro-batch's tokens at the places of POLICY_STATS. [M] each -> [len(UPDATE_STATS)], 0 elsewhere.
 
-    policy and value are the clipped losses; a token counts as clipped where that raised its loss.
+    A token counts as clipped where that raised its loss.
     """
-    ratio = torch.exp(logprobs - old)
-    approx_kl = 0.5 * (logprobs - old) ** 2
-    clipped = (policy > -advantages * ratio).float()
-    value_clipped = (value > 0.5 * (values - returns) ** 2).float()
-    return torch.stack([column.sum() for column in (policy, value, approx_kl, clipped, value_clipped, ratio)])
+    ratio, approx_kl = torch.exp(logprobs - old_logprobs), 0.5 * (logprobs - old_logprobs) ** 2
+    clipped = (clipped_losses > -advantages * ratio).float()
+    sums = [column.sum() for column in (clipped_losses, approx_kl, clipped, ratio)]
+    return F.pad(torch.stack(sums), (0, len(VALUE_STATS)))
+
+
+@torch.no_grad()
+def value_stats(values: Tensor, returns: Tensor, clipped_losses: Tensor) -> Tensor:
+    """The same at the places of VALUE_STATS."""
+    clipped = (clipped_losses > 0.5 * (values - returns) ** 2).float()
+    return F.pad(torch.stack([clipped_losses.sum(), clipped.sum()]), (len(POLICY_STATS), 0))
 
 
 def gradient_stats(pretraining: list[Tensor], total: list[Tensor]) -> dict[str, Tensor]:

@@ -227,7 +227,7 @@ def _generate_batch(model, prompts, max_new_tokens, temperature, stops, pad_toke
     rows = torch.arange(size, device=device)  # which prompt each row of the batch answers
     going = torch.ones(size, dtype=torch.bool, device=device)
     cache = DynamicCache(config=model.config)
-    hidden, mask = prefill(model.base_model, prompts, pad_token_id, cache, max_new_tokens)  # [B, H], [B, P]
+    hidden, mask = prefill(model.base_model, prompts, pad_token_id, cache)  # [B, H], [B, P]
     positions = mask.sum(1, keepdim=True) - 1  # absolute positions count from a row's first token, not from the padding
     for step in range(max_new_tokens):
         logits = next_token_logits(model, hidden, pad_token_id)  # [b, V]
@@ -257,9 +257,9 @@ def _generate_batch(model, prompts, max_new_tokens, temperature, stops, pad_toke
 
 
 def prefill(
-    trunk: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_token_id: int, cache: DynamicCache, room: int
+    trunk: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_token_id: int, cache: DynamicCache
 ) -> tuple[Tensor, Tensor]:
-    """Fill the cache with the prompts, padded on the left to P tokens; `room` tokens are to follow.
+    """Fill the cache with the prompts, padded on the left to P tokens.
 
     -> the hidden state at each prompt's end [B, H], and what is no padding [B, P] bool.
     """
@@ -269,9 +269,8 @@ def prefill(
         ends = [range(len(prompt) - 1, len(prompt)) for prompt in prompts]
         pack = Pack.of(prompts, ends, pad_token_id, trunk.device)
         hidden = packed_forward(trunk, pack, **cached(trunk, cache)).last_hidden_state[0][pack.wanted]
-        cache.layers = [  # [1, heads, T, D] -> [B, heads, P, D]
-            RoomyLayer(to_the_right(layer.keys, mask), to_the_right(layer.values, mask), room) for layer in cache.layers
-        ]
+        for number, layer in enumerate(cache.layers):  # [1, heads, T, D] -> [B, heads, P, D]
+            cache.layers[number] = RoomyLayer(to_the_right(layer.keys, mask), to_the_right(layer.values, mask))
         return hidden, mask
     input_ids = torch.tensor([[pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=trunk.device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
