@@ -11,8 +11,12 @@ import pyarrow.parquet
 
 _RANKS = pyarrow.list_(pyarrow.int64())
 
+_NOTES = {column: pyarrow.string() for column in ("category", "kind", "user", "language", "source")}
+"""Of a prompt, each may be "": its use case (paper, Table 1), what kind of prompt it is (plain, few-shot, ...; App. A.1),
+who wrote it, the code of its language, and where it comes from."""
+
 DEMONSTRATIONS = pyarrow.schema(
-    {"prompt": pyarrow.string(), "response": pyarrow.string(), "source": pyarrow.string(), "spec": pyarrow.string()}
+    {"prompt": pyarrow.string(), "response": pyarrow.string(), **_NOTES, "spec": pyarrow.string()}
 )
 """A prompt and how a demonstrator answers it. `spec`: the world's prompt as JSON, "" for the user's own data."""
 
@@ -25,7 +29,7 @@ RANKINGS = pyarrow.schema(
         "held_out": pyarrow.list_(_RANKS),
         "gold": _RANKS,
         "labeler": pyarrow.string(),
-        "source": pyarrow.string(),
+        **_NOTES,
     }
 )
 """K responses to a prompt and their ranks: 1 is best, equal ranks are ties. The reward model learns from `ranks`.
@@ -34,8 +38,8 @@ RANKINGS = pyarrow.schema(
 training; `gold`: the ranks of the world's gold preference. Each may be empty.
 """
 
-PROMPTS = pyarrow.schema({column: pyarrow.string() for column in ("prompt", "category", "kind", "spec", "source")})
-"""A prompt to answer. `spec` as in DEMONSTRATIONS; `category` and `kind` may be ""."""
+PROMPTS = pyarrow.schema({"prompt": pyarrow.string(), **_NOTES, "spec": pyarrow.string()})
+"""A prompt to answer. `spec` as in DEMONSTRATIONS."""
 
 TEXT = pyarrow.schema({"text": pyarrow.string(), "kind": pyarrow.string()})
 """A pretraining document and what kind of document it is."""
