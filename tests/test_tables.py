@@ -11,7 +11,8 @@ def test_rankings_of_mixed_length_come_back_as_written(tmp_path):
         {"prompt": "b", "responses": ["x", "y"], "ranks": [2, 1], "gold": [2, 1], "labeler": "7", "source": "s"},
     ]
     assert write_table(tmp_path / "rankings.parquet", rows, RANKINGS) == 2
-    empty = {"annotators": [], "held_out": [], "gold": [], "labeler": "", "source": ""}
+    notes = {"category": "", "kind": "", "user": "", "language": "", "source": ""}
+    empty = {"annotators": [], "held_out": [], "gold": [], "labeler": ""} | notes
     assert read_table(tmp_path / "rankings.parquet") == [empty | row for row in rows]
 
 
@@ -23,7 +24,8 @@ def test_an_empty_table_keeps_its_columns(tmp_path):
 def test_text_is_kept_character_by_character(tmp_path):
     row = {"prompt": "  tabs\tand\r\nlines \u2603 \x00", "response": "\n", "source": "", "spec": "{}"}
     write_table(tmp_path / "demonstrations.parquet", [row], DEMONSTRATIONS)
-    assert read_table(tmp_path / "demonstrations.parquet") == [row]
+    (read,) = read_table(tmp_path / "demonstrations.parquet")
+    assert row.items() <= read.items()
 
 
 def test_a_column_outside_the_schema_is_an_error(tmp_path):

@@ -12,8 +12,8 @@ import pyarrow.parquet
 _RANKS = pyarrow.list_(pyarrow.int64())
 
 _NOTES = {column: pyarrow.string() for column in ("category", "kind", "user", "language", "source")}
-"""Of a prompt, each may be "": its use case (paper, Table 1), what kind of prompt it is (plain, few-shot, ...; App. A.1),
-who wrote it, the code of its language, and where it comes from."""
+"""Of a prompt, each may be "": its use case (paper, Table 1), its kind (plain, few-shot, ...; App. A.1), who wrote it,
+the code of its language, and where it comes from."""
 
 DEMONSTRATIONS = pyarrow.schema(
     {"prompt": pyarrow.string(), "response": pyarrow.string(), **_NOTES, "spec": pyarrow.string()}
