@@ -10,11 +10,13 @@ ROOM = 32  # tokens: room for all to come would be wasted on rows that end early
 class RoomyLayer(DynamicLayer):
     """One layer's keys and values [B, heads, tokens, D]: views of buffers that hold up to `ROOM` tokens more."""
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, like: Tensor, rows: int, tokens: int) -> None:
+        """For so many rows and, at first, tokens, all 0; of `like`'s heads, D and precision [., heads, ., D]."""
         super().__init__()
-        self.lazy_initialization(keys, values)
-        self.buffers = [keys, values]
-        self._show(keys.shape[2])
+        self.lazy_initialization(like, like)
+        shape = (rows, like.shape[1], tokens + ROOM, like.shape[3])
+        self.buffers = [like.new_zeros(shape), like.new_zeros(shape)]
+        self._show(tokens)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Add tokens [B, heads, t, D], and return all."""

@@ -234,6 +234,7 @@ class PPOTrainer(Trainer):
                 pad_token_id=self.pad_id,
                 uniforms=uniforms,
                 batch_size=args.generation_batch_size,
+                max_tokens=args.max_tokens,
             )
         responses = [answer.ids for answer in answers]
         ended = [response[-1] == self.eos_id for response in responses]

@@ -183,6 +183,7 @@ def generate(
     generator: torch.Generator | None = None,
     uniforms: Tensor | None = None,
     batch_size: int = 128,
+    max_tokens: int = 4096,
     stop_token_ids: Sequence[int] = (),
 ) -> list[Completion]:
     """One response to each prompt, by ancestral sampling from the full softmax of logits / temperature; 0 is greedy.
@@ -192,7 +193,8 @@ def generate(
 
     The randomness is `uniforms` [len(prompts), max_new_tokens] in [0, 1), by default drawn on the CPU from `generator`:
     one number a token, fixed before decoding. So a response depends neither on the global generator nor (rounding
-    apart) on `batch_size` and the prompts in its batch. Greedy log-probabilities are those at temperature 1.
+    apart) on the prompts in its batch, on `batch_size`, and on `max_tokens`, of a forward pass over prompts. Greedy
+    log-probabilities are those at temperature 1.
 
     Raises ValueError for an empty prompt, FloatingPointError if the model's logits are not numbers.
     """
@@ -210,7 +212,9 @@ def generate(
         numbers = None if temperature == 0 else uniforms[rows].to(model.device)
         batch = [prompts[row] for row in rows]
         for row, completion in zip(
-            rows, _generate_batch(model, batch, max_new_tokens, temperature, stops, pad_token_id, numbers), strict=True
+            rows,
+            _generate_batch(model, batch, max_new_tokens, temperature, stops, pad_token_id, numbers, max_tokens),
+            strict=True,
         ):
             completions[row] = completion
     model.train(was_training)
@@ -218,7 +222,9 @@ def generate(
 
 
 @torch.inference_mode()
-def _generate_batch(model, prompts, max_new_tokens, temperature, stops, pad_token_id, uniforms) -> list[Completion]:
+def _generate_batch(
+    model, prompts, max_new_tokens, temperature, stops, pad_token_id, uniforms, max_tokens
+) -> list[Completion]:
     """Decode one batch with a KV cache. Rows that have finished leave the batch, cache and all."""
     device, size = model.device, len(prompts)
     tokens = torch.full((size, max_new_tokens), pad_token_id, device=device)
@@ -227,7 +233,7 @@ def _generate_batch(model, prompts, max_new_tokens, temperature, stops, pad_toke
     rows = torch.arange(size, device=device)  # which prompt each row of the batch answers
     going = torch.ones(size, dtype=torch.bool, device=device)
     cache = DynamicCache(config=model.config)
-    hidden, mask = prefill(model.base_model, prompts, pad_token_id, cache)  # [B, H], [B, P]
+    hidden, mask = prefill(model.base_model, prompts, pad_token_id, cache, max_tokens)  # [B, H], [B, P]
     positions = mask.sum(1, keepdim=True) - 1  # absolute positions count from a row's first token, not from the padding
     for step in range(max_new_tokens):
         logits = next_token_logits(model, hidden, pad_token_id)  # [b, V]
@@ -257,21 +263,30 @@ def _generate_batch(model, prompts, max_new_tokens, temperature, stops, pad_toke
 
 
 def prefill(
-    trunk: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_token_id: int, cache: DynamicCache
+    trunk: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_token_id: int, cache: DynamicCache, max_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Fill the cache with the prompts, padded on the left to P tokens.
+    """Fill the cache with the prompts, padded on the left to P tokens, in forward passes of at most `max_tokens`.
 
     -> the hidden state at each prompt's end [B, H], and what is no padding [B, P] bool.
     """
     width = max(map(len, prompts))
     mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts], device=trunk.device)
     if can_pack(trunk):
-        ends = [range(len(prompt) - 1, len(prompt)) for prompt in prompts]
-        pack = Pack.of(prompts, ends, pad_token_id, trunk.device)
-        hidden = packed_forward(trunk, pack, **cached(trunk, cache)).last_hidden_state[0][pack.wanted]
-        for number, layer in enumerate(cache.layers):  # [1, heads, T, D] -> [B, heads, P, D]
-            cache.layers[number] = RoomyLayer(to_the_right(layer.keys, mask), to_the_right(layer.values, mask))
-        return hidden, mask
+        hidden = [torch.empty(0)] * len(prompts)
+        for rows in length_batches([len(prompt) for prompt in prompts], max_tokens):
+            chosen, part = [prompts[row] for row in rows], DynamicCache(config=trunk.config)
+            ends = [range(len(prompt) - 1, len(prompt)) for prompt in chosen]
+            pack = Pack.of(chosen, ends, pad_token_id, trunk.device)
+            last = packed_forward(trunk, pack, **cached(trunk, part)).last_hidden_state[0][pack.wanted]
+            for row, state in zip(rows, last, strict=True):
+                hidden[row] = state
+            if not isinstance(cache.layers[0] if cache.layers else None, RoomyLayer):
+                cache.layers = [RoomyLayer(layer.keys, *mask.shape) for layer in part.layers]
+            for layer, packed in zip(cache.layers, part.layers, strict=True):  # [1, heads, t, D] -> [b, heads, P, D]
+                layer.keys[rows], layer.values[rows] = (
+                    to_the_right(states, mask[rows]) for states in (packed.keys, packed.values)
+                )
+        return torch.stack(hidden), mask
     input_ids = torch.tensor([[pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=trunk.device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     output = trunk(input_ids=input_ids, attention_mask=mask, position_ids=positions, **cached(trunk, cache))
