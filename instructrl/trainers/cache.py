@@ -10,12 +10,12 @@ ROOM = 32  # tokens: room for all to come would be wasted on rows that end early
 class RoomyLayer(DynamicLayer):
     """One layer's keys and values [B, heads, tokens, D]: views of buffers that hold up to `ROOM` tokens more."""
 
-    def __init__(self, like: Tensor, rows: int, tokens: int) -> None:
-        """For so many rows and, at first, tokens, all 0; of `like`'s heads, D and precision [., heads, ., D]."""
+    def __init__(self, keys: Tensor, values: Tensor, rows: int, tokens: int) -> None:
+        """For so many rows and, at first, tokens, all 0; of the given [., heads, ., D]'s heads, D and precision."""
         super().__init__()
-        self.lazy_initialization(like, like)
-        shape = (rows, like.shape[1], tokens + ROOM, like.shape[3])
-        self.buffers = [like.new_zeros(shape), like.new_zeros(shape)]
+        self.lazy_initialization(keys, values)
+        # under autocast rotated keys are float32 beside values in bfloat16
+        self.buffers = [like.new_zeros(rows, like.shape[1], tokens + ROOM, like.shape[3]) for like in (keys, values)]
         self._show(tokens)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -23,10 +23,10 @@ class RoomyLayer(DynamicLayer):
         start = self.get_seq_length()
         tokens = start + key_states.shape[2]
         if tokens > self.buffers[0].shape[2]:
-            rows, heads, _, width = key_states.shape
-            room = key_states.new_empty(rows, heads, tokens - start + ROOM, width)
             self.keys = self.values = None  # so that each old buffer is gone before the next one grows
             for number in range(2):
+                rows, heads, _, width = self.buffers[number].shape
+                room = self.buffers[number].new_empty(rows, heads, tokens - start + ROOM, width)
                 self.buffers[number] = torch.cat([self.buffers[number][:, :, :start], room], dim=2)
         self._show(tokens)
         for seen, new in ((self.keys, key_states), (self.values, value_states)):

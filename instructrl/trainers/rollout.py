@@ -281,7 +281,7 @@ def prefill(
             for row, state in zip(rows, last, strict=True):
                 hidden[row] = state
             if not isinstance(cache.layers[0] if cache.layers else None, RoomyLayer):
-                cache.layers = [RoomyLayer(layer.keys, *mask.shape) for layer in part.layers]
+                cache.layers = [RoomyLayer(layer.keys, layer.values, *mask.shape) for layer in part.layers]
             for layer, packed in zip(cache.layers, part.layers, strict=True):  # [1, heads, t, D] -> [b, heads, P, D]
                 layer.keys[rows], layer.values[rows] = (
                     to_the_right(states, mask[rows]) for states in (packed.keys, packed.values)
