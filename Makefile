@@ -7,10 +7,10 @@ TRL_MIN := .venv-trl-min
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 FAST := not slow and not gpu and not network
 # of what touches TRL
-STAGE_TESTS := $(patsubst %,tests/test_%.py,checkpoints eval label models ppo ppo_stage pretrain ranking reward_model sft trl_ppo)
+STAGE_TESTS := $(patsubst %,tests/test_%.py,checkpoints eval label lora models ppo ppo_stage pretrain ranking reward_model sft trl_ppo)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow test-trl-min parity check bench-ppo bench-reward bench-sft clean
+.PHONY: help run test test-slow test-trl-min parity check bench-ppo bench-reward bench-sft bench-data clean
 
 help: ## Show these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -45,6 +45,9 @@ bench-reward: $(VENV)/.installed-dev ## Measure the K-wise reward trainer beside
 
 bench-sft: $(VENV)/.installed-dev ## Measure SFT beside TRL's trainer: tokens a second, losses equal
 	$(VENV)/bin/python tests/benchmarks/bench_sft.py
+
+bench-data: $(VENV)/.installed-dev ## Measure the data stage on up to a million prompts: time, memory, disk
+	PYTHONPATH=. $(VENV)/bin/python tests/benchmarks/bench_data.py
 
 clean: ## Remove the environment, caches and builds; artifacts stay
 	rm -rf $(VENV) $(TRL_MIN) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

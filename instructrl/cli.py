@@ -117,7 +117,38 @@ def stage_command(name: str) -> Callable[..., None]:
     ) -> None:
         execute(name, overrides, dry_run, force, multirun)
 
-    return command
+    def data_command(
+        overrides: Overrides = None,
+        dry_run: DryRun = False,
+        force: Force = None,
+        multirun: Multirun = False,
+        show: Annotated[
+            int | None, typer.Option(metavar="N", min=1, help="Show N examples of each set as the model reads them.")
+        ] = None,
+    ) -> None:
+        if show is None or dry_run:
+            execute(name, overrides, dry_run, force, multirun)
+        else:
+            show_data(overrides or [], force or [], multirun, show)
+
+    return data_command if name == "data" else command
+
+
+def show_data(overrides: list[str], force: list[str], multirun: bool, count: int) -> None:
+    """Make the data unless it is there, and show examples of it."""
+    from instructrl.jobs import make_jobs, run
+    from instructrl.preview import show_examples
+    from instructrl.printout import planned_stage
+
+    if multirun:
+        raise UserError("--show shows the data of one recipe; leave --multirun out.")
+    [job] = make_jobs("data", overrides, force, multirun)
+    if job.runs:
+        run([job], ["instructrl", *sys.argv[1:]])
+        [job] = make_jobs("data", overrides, [], multirun)
+    artifact = planned_stage(job, "data").artifact
+    assert artifact is not None
+    show_examples(job.composition.recipe, artifact.path, count)
 
 
 for stage_name_, makes in STAGES.items():

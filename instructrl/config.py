@@ -6,10 +6,13 @@ A change in `runtime` never re-runs a stage. A change anywhere else re-runs the 
 "Paper" is Ouyang et al. 2022, arXiv 2203.02155. Where a docstring says "our choice", the paper prints no value.
 """
 
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -19,14 +22,45 @@ from pydantic import (
     model_validator,
 )
 
+from instructrl import adapters, columns
+
+CHAT = "chat"
+"""The `model.template` that stands for the tokenizer's own chat template."""
+
 Share = Annotated[float, Field(ge=0, le=1)]
 """A number from 0 to 1."""
+
+Rule = Annotated[Any, AfterValidator(columns.rule)]
+"""Which value of a row is one of ours: a column's name, a path, a list of them, or a rule of `instructrl.columns`."""
+
+Condition = Annotated[Any, AfterValidator(columns.condition)]
+"""What a value must be: itself, one of a list, or {not: ...}, {min: ...}, {max: ...}."""
 
 
 class Section(BaseModel):
     """One block of a recipe."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class LoRA(Section):
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) in place of all weights: W + alpha / r B A, of which A and B
+    are trained. Not in the paper, which trains all weights; for models whose gradients and moments do not fit.
+
+    Every stage trains an adapter of its own on its input model and saves the merged weights; only its checkpoints hold
+    the adapter. In PPO the reference is the policy without it. A scalar head is trained in full.
+    """
+
+    r: PositiveInt = 16
+    """Rank of the update of each matrix. Our choice."""
+    alpha: PositiveInt = 32
+    """The update is scaled by alpha / r. Our choice: 2 r, as is usual."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of what adapters read, in `sft` and `ppo_init`: reward models and PPO are trained without dropout. Our choice."""
+    target_modules: tuple[str, ...] = ()
+    """The matrices that are adapted, by the end of their names: `[q_proj, v_proj]`. Empty: all but embedding and head,
+    which comes closest to training all weights (Dettmers et al. 2023, arXiv 2305.14314; Schulman et al. 2025, "LoRA
+    Without Regret")."""
 
 
 class Model(Section):
@@ -37,16 +71,24 @@ class Model(Section):
     revision: str | None = None
     """The Hub commit (40 hex digits); ignored for a folder."""
     template: str = "{prompt}\n\n"
-    """What the model reads before it answers; `{prompt}` is replaced by the prompt. Our choice."""
+    """What the model reads before it answers; `{prompt}` is replaced by the prompt. Special tokens in it are special,
+    in a prompt never. `chat`: the tokenizer's own chat template, and answers end as its turns do. Our choice."""
+    truncation: Literal["drop", "left", "right"] = "drop"
+    """What becomes of a prompt above `data.max_prompt_tokens`: it is dropped and counted, or loses its beginning (left)
+    or its end (right). The paper keeps to prompts that fit (App. C)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """The precision of the weights. The paper trains in fp16 with fp32 master weights (App. C)."""
+    """The precision of the weights. The paper trains in fp16 with fp32 master weights (App. C), to which float32 with
+    `runtime.bf16` comes closest. In bfloat16 small steps are rounded away: it is for `model.lora`, whose adapters stay
+    float32."""
+    lora: LoRA | None = None
+    """Train adapters in place of all weights; null, as in the paper: all weights."""
     trust_remote_code: bool = False
     """Run model code that comes with a Hub repository. Leave it off unless you have read that code."""
 
     @model_validator(mode="after")
     def template_holds_the_prompt(self) -> "Model":
-        if self.template.count("{prompt}") != 1:
-            raise ValueError("model.template must contain {prompt} exactly once")
+        if self.template != CHAT and self.template.count("{prompt}") != 1:
+            raise ValueError("model.template must contain {prompt} exactly once, or be chat")
         return self
 
 
@@ -83,20 +125,56 @@ class World(Section):
     """Share of demonstrations that are rude."""
 
 
+class Tree(Section):
+    """Messages that answer each other, one a row, the rows of a tree together. Each message that has answers becomes
+    one row: its own columns, `path` (the messages from the first to itself) and `replies` (the answers to it)."""
+
+    id: str
+    """The column with the message's name, unique in its tree."""
+    parent: str
+    """The column with the name of the message that it answers; null: the tree's first."""
+    group: str
+    """The column with the tree's name."""
+    where: dict[str, Condition] = {}
+    """What a message must be, as in `where` of the source; any other is left out, with all that answers it."""
+    replies: dict[str, Condition] = {}
+    """What an answer must be to be among `replies`."""
+    at_least: NonNegativeInt = 1
+    """Replies that a message must have to become a row."""
+
+
 class Source(Section):
     """One file, folder or Hub data set, and how its columns are named."""
 
     path: str
-    """A local file (.jsonl, .json, .csv, .parquet, .txt, each also .gz), a folder of such files, or a Hub id."""
-    columns: dict[str, str | tuple[str, ...]] = {}
+    """A local file (.jsonl, .json, .csv, .parquet, .txt, each also .gz), a folder of such files, or a Hub id. With an
+    `adapter` it may be left out: the set's Hub id."""
+    adapter: str | None = None
+    """A public data set whose columns we know, as docs/data-sources.md lists them: fills in what is not given here."""
+    columns: dict[str, Rule] = {}
     """Our column's name -> theirs, for each column that is named differently: `{prompt: instruction}`. A list joins
-    columns: text by a blank line, `{prompt: [context, question]}`; else into a list, `{responses: [a, b]}`."""
+    columns: text by a blank line, `{prompt: [context, question]}`; else into a list, `{responses: [a, b]}`. Theirs may
+    be a path, "completions[*].response", or a rule, `{scores: "completions[*].score"}`; see docs/data-sources.md."""
+    where: dict[str, Condition] = {}
+    """Keep rows whose values are these: `{lang: en, deleted: false}`; a list means any of these; {not: ...},
+    {min: ...} and {max: ...} as they say. Others are counted and left out."""
+    tree: Tree | None = None
+    """The rows are messages that answer each other."""
+    weight: PositiveFloat | None = None
+    """This source's share of its table, beside the weights of the others: the largest mix that honours the weights
+    without repeating a row. Null, for all sources of a table: every row."""
     name: str | None = None
     """The configuration of a Hub data set."""
     split: str = "train"
     """The split of a Hub data set."""
     revision: str | None = None
     """The Hub commit (40 hex digits)."""
+    files: tuple[str, ...] = ()
+    """Of a folder or a Hub data set only these files, named from its root; split and configuration then say nothing."""
+    stream: bool = False
+    """Read a Hub data set over the network as it comes; false: keep a copy on this disk."""
+    licence: str = ""
+    """The data's licence, for the data card."""
     limit: PositiveInt | None = None
     """Keep the first so many rows."""
     cut_prompt: int | None = None
@@ -112,28 +190,54 @@ class Source(Section):
         return self
 
 
+Demonstrations = Annotated[Source, BeforeValidator(partial(adapters.expanded, kind="demonstrations"))]
+Rankings = Annotated[Source, BeforeValidator(partial(adapters.expanded, kind="rankings"))]
+Prompts = Annotated[Source, BeforeValidator(partial(adapters.expanded, kind="prompts"))]
+Text = Annotated[Source, BeforeValidator(partial(adapters.expanded, kind="text"))]
+Labels = Annotated[Source | None, BeforeValidator(partial(adapters.expanded, kind="labels"))]
+"""A source of one kind of table, with its adapter's keys filled in."""
+
+
 class Data(Section):
     """Demonstrations, rankings, prompts and pretraining text: from the built-in world, or from your own sources."""
 
     world: World | None = None
     """Generate everything; null: read the sources below."""
-    demonstrations: tuple[Source, ...] = ()
-    """{prompt, response}."""
-    rankings: tuple[Source, ...] = ()
+    demonstrations: tuple[Demonstrations, ...] = ()
+    """{prompt, response}; {messages}; or {instruction, examples}, which gives a few-shot prompt an example."""
+    rankings: tuple[Rankings, ...] = ()
     """{prompt, responses[K], ranks[K]}, rank 1 is best, equal ranks are ties; or {prompt, chosen, rejected}."""
-    prompts: tuple[Source, ...] = ()
+    prompts: tuple[Prompts, ...] = ()
     """{prompt}, for PPO and evaluation; empty: PPO takes the prompts of the rankings that train the reward model,
     evaluation those of the rankings held out to measure it."""
-    text: tuple[Source, ...] = ()
+    text: tuple[Text, ...] = ()
     """{text}, pretraining text for `pretrain` and for PPO-ptx; a .txt file is split at blank lines."""
+    dedup_prefix: NonNegativeInt = 128
+    """Characters: of prompts that share a prefix this long (case and whitespace apart), one stays; 0: all stay. The
+    paper does so and prints no length (3.2); 128 is our choice."""
+    max_prompts_per_user: PositiveInt | None = 200
+    """Paper, 3.2. Users are those of the rows' `user`; rows without one have no limit."""
+    languages: tuple[str, ...] = ()
+    """Keep prompts in these languages (ISO 639-1: en, fr), where `language` or `instructrl[lang]` knows it; empty: all.
+    The paper keeps all; 96 % were English (A.4)."""
+    pii_filter: bool = True
+    """Drop training prompts with personal data (paper, 3.2). Needs `instructrl[pii]`."""
+    leakage: Literal["remove", "refuse", "report", "ignore"] = "remove"
+    """What to do with training rows that share a whole text, or `leakage_ngram` words in a row, with a held-out prompt
+    or an evaluation set. Our choice: the paper does not say."""
+    leakage_ngram: PositiveInt = 13
+    """Words; GPT-3's (Brown et al. 2020, App. C)."""
+    evaluation_sets: tuple[Prompts, ...] = ()
+    """Files, Hub data sets or adapters that will measure the models, kept out of training. All of a row counts."""
     valid_share: Share = 0.1
-    """Share of demonstrations, prompts and text held out. Our choice; the paper's is 11 % of the SFT set (Table 6)."""
+    """Share of users (of prompts, where there are no users) held out of everything; of text. Our choice; the paper's is
+    11 % of the SFT set (Table 6)."""
     valid_ranking_share: Share = 0.2
-    """Share of ranked prompts held out to measure the reward model; paper: 35 % (Table 6). Demonstrations and PPO
-    prompts with the same text are dropped and counted."""
+    """Share whose rankings measure the reward model, at least `valid_share`; paper: 35 % (Table 6). Their
+    demonstrations and PPO prompts are dropped and counted."""
     judge_ranking_share: Share = 0.3
-    """Share of ranked prompts that train the judge and nothing else (`eval.judge: reward_model`): demonstrations and
-    PPO prompts with the same text are dropped and counted. Our choice."""
+    """Share whose rankings train the judge and nothing else (`eval.judge: reward_model`). Their demonstrations and PPO
+    prompts are dropped and counted. Our choice."""
     max_prompt_tokens: PositiveInt = 1024
     """Longer prompts are dropped and counted (App. C: 1k)."""
     max_response_tokens: PositiveInt = 1024
@@ -145,8 +249,17 @@ class Data(Section):
             raise ValueError(
                 "data.world and data sources exclude each other; set data.world: null to use your own files"
             )
-        if self.valid_ranking_share + self.judge_ranking_share >= 1:
-            raise ValueError("data.valid_ranking_share + data.judge_ranking_share must stay below 1")
+        for kind in adapters.KINDS:
+            weights = [source.weight for source in getattr(self, kind)]
+            if None in weights and any(weights):
+                raise ValueError(
+                    f"data.{kind}[{weights.index(None)}].weight is missing: give all of data.{kind} one, or none"
+                )
+        if max(self.valid_share, self.valid_ranking_share) + self.judge_ranking_share >= 1:
+            raise ValueError(
+                "data.judge_ranking_share and the larger of data.valid_share and data.valid_ranking_share must stay "
+                "below 1 together"
+            )
         return self
 
 
@@ -290,6 +403,9 @@ class PPO(Section):
     """Subtracted from the score of a response that did not end by itself. Our choice."""
     missing_eos_score: float | None = None
     """The score of a response that did not end by itself, in place of its own and of the penalty; null: its own."""
+    final_learning_rate_share: Share = 1.0
+    """Both learning rates fall in a straight line to that share of their peak over the iterations after the warm-up;
+    1: they stay, as in the paper."""
     max_grad_norm: PositiveFloat = 1.0
     """For the policy and for the critic, each. Our choice."""
     adam_beta2: Share = 0.95
@@ -331,7 +447,7 @@ class Eval(Section):
     judge: Literal["gold", "reward_model", "labels"] = "reward_model"
     """Who compares answers: the world's gold preference; a reward model trained on rankings held out for it;
     or your own labels (`eval.labels`)."""
-    labels: Source | None = None
+    labels: Labels = None
     """{prompt, model_a, model_b, winner} or {prompt, model, score}: human labels of an earlier run's samples."""
     num_prompts: PositiveInt = 512
     temperature: NonNegativeFloat = 1.0
@@ -370,6 +486,10 @@ class Runtime(Section):
     generation_batch_size: PositiveInt = 128
     """Sequences decoded together."""
     gradient_checkpointing: bool = False
+    """Compute activations a second time in the backward pass in place of keeping them: a third more time, and only a
+    layer's in memory."""
+    bf16: bool = False
+    """Train with matrix products in bfloat16; the weights and Adam's moments keep `model.dtype`. For GPUs."""
     completions_every: NonNegativeInt = 10
     """PPO iterations between tables of sampled completions, with score, KL and length; 0: none."""
     save_minutes: PositiveFloat = 10
@@ -420,6 +540,14 @@ class Recipe(Section):
             )
         if self.eval.best_of_n and not self.eval.temperature:
             raise ValueError("eval.best_of_n needs eval.temperature above 0: greedy answers are all the same")
+        if self.model.lora:
+            muon = [
+                f"{name}.muon_learning_rate"
+                for name in ("sft", "reward_model", "ppo_init")
+                if getattr(self, name).muon_learning_rate
+            ]
+            if muon:
+                raise ValueError(f"{muon[0]} is for all weights of small models; set it to null, or model.lora=null")
         if self.model.path is None and not (self.data.world or self.data.text):
             raise ValueError("model.path is null, so pretrain makes the model, which needs data.text")
         return self

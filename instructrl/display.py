@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+import unicodedata
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -173,3 +174,12 @@ def duration(seconds: float) -> str:
         return f"{rest} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def printable(text: str) -> str:
+    """Control, direction and other invisible characters as escapes, so that they cannot change what surrounds them."""
+    shown = []
+    for letter in text.replace("\r\n", "\n"):
+        hidden = unicodedata.category(letter) in ("Cc", "Cf", "Co", "Cs", "Zl", "Zp") and letter not in "\n\t"
+        shown.append(f"\\u{ord(letter):04x}" if hidden else letter)
+    return "".join(shown)

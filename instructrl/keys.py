@@ -27,6 +27,7 @@ def exists(key: str) -> bool:
 def kind_of(parts: Iterable[str], kind: object = Recipe) -> object | None:
     """The annotation of the key with these parts; None where there is no such key."""
     for part in parts:
+        kind = bare(kind)
         section, origin = section_of(kind), typing.get_origin(kind)
         if section:
             field = section.model_fields.get(part)
@@ -35,7 +36,7 @@ def kind_of(parts: Iterable[str], kind: object = Recipe) -> object | None:
             kind = typing.get_args(kind)[0]
         elif origin is dict and part:
             value = typing.get_args(kind)[1]
-            kind = kind if value is typing.Any else value
+            kind = kind if bare(value) is typing.Any else value
         else:
             return None
     return kind
@@ -43,9 +44,15 @@ def kind_of(parts: Iterable[str], kind: object = Recipe) -> object | None:
 
 def section_of(kind: object) -> type[BaseModel] | None:
     """The section behind an annotation: `World` for `World | None`; None for anything but a section."""
+    kind = bare(kind)
     if isinstance(kind, types.UnionType):
         kind = next((option for option in typing.get_args(kind) if option is not types.NoneType), None)
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def bare(kind: object) -> object:
+    """The annotation without what checks it: `Source` for `Annotated[Source, ...]`."""
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
 
 
 def dotted(location: Sequence[str | int]) -> str:

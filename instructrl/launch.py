@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from instructrl.config import Recipe
 from instructrl.errors import StageFailed, UserError
@@ -35,13 +37,38 @@ def check_trainers(plan: Sequence[StagePlan], recipe: Recipe) -> None:
     modules = [name for name, asks in asked.items() if asks and name in modules]
     if not modules:
         return
-    order = json.dumps({"modules": modules, "recipe": recipe.model_dump(mode="json")})
-    arguments = [sys.executable, "-m", "instructrl.worker", "--check"]
-    done = subprocess.run(arguments, input=order, env=environment(recipe), capture_output=True, text=True, check=False)
-    try:
-        problems = json.loads(done.stdout.splitlines()[-1])
-    except (ValueError, IndexError):
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise StageFailed(f"what {' and '.join(modules)} ask of TRL cannot be checked: {last}") from None
+    problems, _ = ask(
+        "--check", {"modules": modules}, recipe, f"what {' and '.join(modules)} ask of TRL cannot be checked"
+    )
     if problems:
         raise UserError("\n".join(problems))
+
+
+def preview(recipe: Recipe, data: Path, count: int) -> tuple[dict[str, Any], list[str]]:
+    """What `stages.preview.examples` returns, and the lines that were said on the way.
+
+    Raises:
+        UserError: there is no model whose tokenizer could be read, or it does not fit the recipe.
+    """
+    order = {"data": str(data), "count": count}
+    found, said = ask("--preview", order, recipe, "the examples cannot be shown")
+    if "error" in found:
+        raise UserError(found["error"])
+    return found, said
+
+
+def ask(flag: str, order: dict[str, Any], recipe: Recipe, failed: str) -> tuple[Any, list[str]]:
+    """Ask a worker something that needs torch or transformers: its answer, and the lines printed before it.
+
+    Raises:
+        StageFailed: no answer came; `failed` is the message's beginning.
+    """
+    arguments = [sys.executable, "-m", "instructrl.worker", flag]
+    text = json.dumps(order | {"recipe": recipe.model_dump(mode="json")})
+    done = subprocess.run(arguments, input=text, env=environment(recipe), capture_output=True, text=True, check=False)
+    lines = done.stdout.splitlines()
+    try:
+        return json.loads(lines[-1]), lines[:-1]
+    except (ValueError, IndexError):
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise StageFailed(f"{failed}: {last}") from None

@@ -30,16 +30,30 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
     ranked = ("label",) if recipe.data.world else ()
     judge = ("judge",) if recipe.eval.judge == "reward_model" else ()
     init = ("ppo_init",) if "ppo_init" in (recipe.ppo.init, recipe.ppo_ptx.init) else ()
+    lengths = ("model",) if recipe.model.path and not recipe.data.world else ()  # of prompts, in its tokens
     every = (
-        Stage("data", reads=("data", "seed"), makes="demonstrations, rankings, prompts and text"),
+        Stage("data", reads=("data", "seed", *lengths), version=2, makes="demonstrations, rankings, prompts and text"),
         Stage("pretrain", reads=("model", "pretrain", "seed"), needs=("data",), makes="a base model from scratch"),
-        Stage("sft", reads=("model", "sft", "seed"), needs=("data", *base), makes="the supervised policy"),
+        Stage(
+            "sft",
+            reads=("model", "sft", "seed"),
+            needs=("data", *base),
+            version=2,
+            makes="the supervised policy",
+        ),
         Stage("label", reads=("label", "seed"), needs=("data", "sft"), makes="rankings of the SFT model's own answers"),
-        Stage("reward_model", reads=("reward_model", "seed"), needs=("data", "sft", *ranked), makes="the reward model"),
+        Stage(
+            "reward_model",
+            reads=("reward_model", "seed"),
+            needs=("data", "sft", *ranked),
+            version=2,
+            makes="the reward model",
+        ),
         Stage(
             "judge",
             reads=("reward_model", "seed"),
             needs=("data", "sft"),
+            version=2,
             module="reward_model",
             makes="a reward model for eval, from rankings held out for it",
         ),
@@ -47,13 +61,21 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
             "ppo_init",
             reads=("model", "ppo_init", "seed"),
             needs=("data", *base),
+            version=2,
             makes="the policy that PPO starts from",
         ),
-        Stage("ppo", reads=("ppo", "seed"), needs=("data", recipe.ppo.init, "reward_model"), makes="the PPO policy"),
+        Stage(
+            "ppo",
+            reads=("ppo", "seed"),
+            needs=("data", recipe.ppo.init, "reward_model"),
+            version=2,
+            makes="the PPO policy",
+        ),
         Stage(
             "ppo_ptx",
             reads=("ppo_ptx", "seed"),
             needs=("data", recipe.ppo_ptx.init, "reward_model"),
+            version=2,
             module="ppo",
             makes="the PPO-ptx policy",
         ),
@@ -61,6 +83,7 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
             "eval",
             reads=("model", "eval", "seed"),
             needs=("data", *base, "sft", *ranked, "reward_model", *judge, "ppo", "ppo_ptx"),
+            version=2,
             makes="win rates, the alignment tax and report.md",
         ),
     )

@@ -8,7 +8,7 @@ import yaml
 
 from instructrl.artifacts import Artifact, read_json
 from instructrl.config import Recipe
-from instructrl.display import duration, is_number, number
+from instructrl.display import duration, is_number, number, printable
 from instructrl.errors import UserError
 from instructrl.plan import StagePlan
 
@@ -168,7 +168,9 @@ def show_result(job: "Job", artifacts: dict[str, Artifact]) -> None:
     if artifact is None:
         return
     if job.target == "eval":
-        show_table(read_json(artifact.path / "metrics.json").get("table"))
+        metrics = read_json(artifact.path / "metrics.json")
+        show_table(metrics.get("table"))
+        show_table(metrics.get("use_case_table"))
         if (artifact.path / "report.md").exists():
             print(f"The report: {artifact.path / 'report.md'}")
     else:
@@ -196,7 +198,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     for position, column in enumerate(columns):
         drawn.add_column(Text(str(column)), justify="left" if position == 0 else "right")
     for row in rows:
-        drawn.add_row(*(Text(number(cell) if is_number(cell) else str(cell)) for cell in row))
+        drawn.add_row(*(Text(number(cell) if is_number(cell) else printable(str(cell))) for cell in row))
     if not console.is_terminal:
         console.width = max(80, console.measure(drawn, options=console.options.update(width=1000)).maximum)
     console.print(drawn)

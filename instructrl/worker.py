@@ -1,7 +1,7 @@
 """The process of one stage: reads `order.json`, runs the stage's module, writes `result.json` last.
 
 `python -m instructrl.worker FOLDER` runs a stage; `python -m instructrl.worker --check` reads a recipe from stdin and
-lets the stages check their `trainer` mappings against TRL before anything trains.
+lets the stages check their `trainer` mappings against TRL before anything trains; `--preview` tokenises examples.
 """
 
 import importlib
@@ -82,5 +82,18 @@ def check() -> int:
     return 2 if problems else 0
 
 
+def preview() -> int:
+    """Print the examples that stdin asks for, as the model would read them; returns 2 if the recipe is wrong."""
+    order = json.load(sys.stdin)
+    try:
+        recipe = Recipe.model_validate(order["recipe"])
+        found = stage_module("preview").examples(recipe, Path(order["data"]), order["count"])
+    except UserError as error:
+        found = {"error": str(error)}
+    print(json.dumps(found))
+    return 2 if "error" in found else 0
+
+
 if __name__ == "__main__":
-    sys.exit(check() if sys.argv[1] == "--check" else main(Path(sys.argv[1])))
+    answers = {"--check": check, "--preview": preview}
+    sys.exit(answers[sys.argv[1]]() if sys.argv[1] in answers else main(Path(sys.argv[1])))

@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from instructrl.config import Recipe
+from instructrl.config import Recipe, Source
 from instructrl.errors import UserError
 from instructrl.stages import answers, benchmarks, data, judging, models, numbers, report, study
 from instructrl.stages import eval as stage
+from instructrl.stages.contract import Contract
 from instructrl.stages.pretrain import make_tokenizer
 from instructrl.stages.tables import read_table
-from instructrl.stages.template import Template
 from instructrl.trainers.rollout import generate, score_rewards
 from instructrl.world import Prompt, make_world
 
@@ -46,16 +46,16 @@ def make_inputs(folder, recipe):
     (folder / "data").mkdir(parents=True)
     data.run("data", recipe, {}, folder / "data")
     texts = [row["text"] for row in read_table(folder / "data" / "text.train.parquet")]
-    template = Template(make_tokenizer(texts, 400), recipe.model.template)
+    contract = Contract(make_tokenizer(texts, 400), recipe.model.template)
     inputs = {"data": folder / "data"}
     for seed, name in enumerate(MODELS):
-        llama(template.tokenizer, LlamaForCausalLM, seed).save_pretrained(folder / name / "model")
-        template.save(folder / name / "model")
+        llama(contract.tokenizer, LlamaForCausalLM, seed).save_pretrained(folder / name / "model")
+        contract.save(folder / name / "model")
         inputs[name] = folder / name
     for seed, name in enumerate(("reward_model", "judge"), 10):
-        model = llama(template.tokenizer, LlamaForSequenceClassification, seed, num_labels=1)
+        model = llama(contract.tokenizer, LlamaForSequenceClassification, seed, num_labels=1)
         model.config.reward_bias = 0.25
-        model.save_pretrained(folder / name / "model")
+        models.save(model, contract, folder / name / "model")
         inputs[name] = folder / name
     return inputs
 
@@ -107,17 +107,45 @@ def test_win_rates_are_those_of_the_gold_preference(world_run):
     assert metrics["models"]["sft"]["win_rate"] == [0.5, 0.5, 0.5]
 
 
+def test_win_rates_by_use_case_are_those_of_its_samples(world_run):
+    _, inputs, folder, _, metrics, rows = world_run
+    categories = {row["prompt"]: row["category"] for row in read_table(inputs["data"] / "prompts.eval.parquet")}
+    assert all(row["category"] == categories[row["prompt"]] for row in rows)
+    cases = metrics["use_cases"]
+    assert sum(case["prompts"] for case in cases.values()) == 24
+    assert len(cases) > 3
+    for name, case in cases.items():
+        outcomes = [row["against_sft"] for row in of(rows, "ppo", 1.0) if row["category"] == name]
+        assert case["prompts"] == len(outcomes)
+        assert case["win_rate"]["ppo"][0] == pytest.approx(np.mean(outcomes))
+    columns = ["use case", "prompts", "GPT", "GPT (prompted)", "PPO", "PPO-ptx", "SFT, best of 4"]
+    assert metrics["use_case_table"]["columns"] == columns
+    printed = (folder / "report.md").read_text()
+    assert "## Win rates by use case" in printed
+    assert all(f"| {report.cell(name)} | {case['prompts']} |" in printed for name, case in cases.items())
+
+
+def test_a_model_of_another_contract_is_refused(world_run, tmp_path):
+    recipe, inputs, folder, *_ = world_run
+    contract = Contract.load(folder.parent / "sft" / "model")
+    assert json.loads((folder / "contract.json").read_text()) == contract.card
+    shutil.copytree(inputs["reward_model"], tmp_path / "other")
+    Contract(contract.tokenizer, "Q: {prompt}").save(tmp_path / "other" / "model")
+    with pytest.raises(UserError, match="reward_model was made under another text contract than sft: token"):
+        stage.run("eval", recipe, inputs | {"reward_model": tmp_path / "other"}, tmp_path)
+
+
 def test_rewards_are_the_reward_models_less_its_bias(world_run):
     _, inputs, _, _, metrics, rows = world_run
-    template = Template.load(inputs["sft"] / "model")
+    contract = Contract.load(inputs["sft"] / "model")
     model = LlamaForSequenceClassification.from_pretrained(inputs["reward_model"] / "model").eval()
     for name in ("gpt", "gpt_prompted", "ppo"):
         for row in of(rows, name, 1.0)[:4]:
-            response = template.response(row["response"]) if row["ended"] else template.response(row["response"])[:-1]
-            ids = template.prompt(row["prompt"]) + response
+            response = contract.response(row["response"]) if row["ended"] else contract.response(row["response"])[:-1]
+            ids = contract.prompt(row["prompt"]) + response
             if (
                 name != "gpt_prompted"
-                and template.decode(ids[len(template.prompt(row["prompt"])) :]) != row["response"]
+                and contract.decode(ids[len(contract.prompt(row["prompt"])) :]) != row["response"]
             ):
                 continue
             with torch.no_grad():
@@ -156,7 +184,7 @@ def test_the_best_of_n_is_by_reward(world_run):
     done = study.Study(recipe, inputs, folder)
     ids = [row["ids"] for row in done.prompts]
     policy, reward_model = done.model("sft"), models.load_reward_model(inputs["reward_model"] / "model", recipe)[0]
-    settings = answers.sampling(done.template, recipe)  # one generator for the four
+    settings = answers.sampling(done.contract, recipe)  # one generator for the four
     highest = [-math.inf] * 24
     for _ in range(4):
         for number, completion in enumerate(generate(policy, ids, temperature=1.0, **settings)):
@@ -182,10 +210,10 @@ def test_the_best_of_n_is_by_reward(world_run):
 def test_a_recipe_chooses_the_weights(world_run, tmp_path):
     """PPO's average lies beside its last weights; SFT and the base model have one set."""
     recipe, inputs, *_ = world_run
-    template = Template.load(inputs["sft"] / "model")
+    contract = Contract.load(inputs["sft"] / "model")
     for number, name in enumerate(("ppo", "ppo_ptx")):
         shutil.copytree(inputs[name] / "model", tmp_path / name / "model")
-        models.save(llama(template.tokenizer, LlamaForCausalLM, 20 + number), template, tmp_path / name / "ema")
+        models.save(llama(contract.tokenizer, LlamaForCausalLM, 20 + number), contract, tmp_path / name / "ema")
     inputs = inputs | {name: tmp_path / name for name in ("ppo", "ppo_ptx")}
     for weights, folder in (("last", "model"), ("ema", "ema")):
         chosen = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"weights": weights})})
@@ -212,9 +240,9 @@ def test_the_report_says_what_the_policies_are(world_run):
 def test_choices_go_by_mean_log_probability(world_run):
     """Against one forward pass a choice."""
     _, inputs, *_ = world_run
-    template = Template(Template.load(inputs["sft"] / "model").tokenizer, "{prompt}")
+    contract = Contract(Contract.load(inputs["sft"] / "model").tokenizer, "{prompt}")
     model = LlamaForCausalLM.from_pretrained(inputs["sft"] / "model").eval()
-    pad = template.tokenizer.pad_token_id
+    pad = contract.tokenizer.pad_token_id
     contexts = ["Mia lives in", "x", "The red cup is in the"]
     choices = [
         [" a", " b", " the town of the people"],
@@ -222,7 +250,7 @@ def test_choices_go_by_mean_log_probability(world_run):
         [" cup.", " bag and the dog"],
     ]
     questions = [
-        (template.prompt(context), [template.response(choice)[:-1] for choice in listed])
+        (contract.prompt(context), [contract.response(choice)[:-1] for choice in listed])
         for context, listed in zip(contexts, choices, strict=True)
     ]
     expected = []
@@ -239,16 +267,16 @@ def test_choices_go_by_mean_log_probability(world_run):
 
 def test_text_losses_are_cross_entropy(world_run):
     _, inputs, *_ = world_run
-    template = Template.load(inputs["sft"] / "model")
+    contract = Contract.load(inputs["sft"] / "model")
     model = LlamaForCausalLM.from_pretrained(inputs["sft"] / "model").eval()
     rows = [{"text": "The cup is red."}, {"text": "One"}, {"text": "A dog. " * 100}]
-    documents = [template.document(row["text"])[:64] for row in rows]
-    found = benchmarks.text_losses(model, documents, template.tokenizer.pad_token_id, 4096)
+    documents = [contract.document(row["text"])[:64] for row in rows]
+    found = benchmarks.text_losses(model, documents, contract.tokenizer.pad_token_id, 4096)
     for document, (loss, tokens) in zip(documents, found, strict=True):
         ids = torch.tensor([document])
         with torch.no_grad():
             logits = model(ids).logits[0, :-1]
-        logits[:, template.tokenizer.pad_token_id] = -math.inf
+        logits[:, contract.tokenizer.pad_token_id] = -math.inf
         assert tokens == ids.shape[1] - 1
         assert loss == pytest.approx(
             float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")), rel=1e-4
@@ -279,7 +307,7 @@ def test_the_prompted_model_reads_a_prefix_and_stops_at_the_newline(world_run):
 
 def test_stop_tokens_are_all_that_contain_the_stop():
     tokenizer = make_tokenizer(["one.\n\ntwo.\n\n" * 50], 300)
-    found = answers.stop_tokens(Template(tokenizer), "\n")
+    found = answers.stop_tokens(Contract(tokenizer), "\n")
     assert len(found) > 1
     assert {number for number in range(len(tokenizer)) if "\n" in tokenizer.decode([number])} == set(found)
 
@@ -352,6 +380,8 @@ def test_a_learnt_judge(tmp_path):
     assert "gold" not in metrics["models"]["ppo"]
     report = (tmp_path / "eval" / "report.md").read_text()
     assert "a second reward model, trained on rankings of prompts that trained nothing else" in report
+    assert metrics["use_cases"] == {}
+    assert "use case" not in report
 
 
 LABELS = [
@@ -452,7 +482,7 @@ def test_an_evaluation_by_labels(world_run, tmp_path):
     recipe, inputs, folder, *_ = world_run
     shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
     path = labels(tmp_path, LABELS).eval.labels.path
-    settings = recipe.eval.model_copy(update={"judge": "labels", "labels": data.Source(path=path)})
+    settings = recipe.eval.model_copy(update={"judge": "labels", "labels": Source(path=path)})
     stage.run("eval", recipe.model_copy(update={"eval": settings}), inputs, tmp_path)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["models"]["ppo"]["win_rate"][0] == pytest.approx(0.625)

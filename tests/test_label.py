@@ -5,9 +5,9 @@ import torch
 
 from instructrl.config import Pretrain, Recipe
 from instructrl.stages import label, models
+from instructrl.stages.contract import Contract
 from instructrl.stages.pretrain import make_model, make_tokenizer
 from instructrl.stages.tables import PROMPTS, read_table, write_table
-from instructrl.stages.template import Template
 from instructrl.world import make_world, world_data
 
 RECIPE = Recipe(
@@ -41,7 +41,7 @@ def inputs(tmp_path_factory):
     tokenizer = make_tokenizer([text for _, text in world.text["train"]], 320)
     torch.manual_seed(0)
     settings = Pretrain(vocab_size=320, hidden_size=16, layers=1, heads=2, context_length=256)
-    models.save(make_model(settings, tokenizer), Template(tokenizer, "{prompt}\n"), folder / "sft" / "model")
+    models.save(make_model(settings, tokenizer), Contract(tokenizer, "{prompt}\n"), folder / "sft" / "model")
     return {"data": data, "sft": folder / "sft"}
 
 

@@ -4,6 +4,7 @@ import json
 import socket
 
 import pytest
+import tiny_tokenizers
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -16,8 +17,7 @@ from transformers import (
 from instructrl.config import Recipe
 from instructrl.errors import UserError
 from instructrl.stages import models
-from instructrl.stages.pretrain import make_tokenizer
-from instructrl.stages.template import Template
+from instructrl.stages.contract import PAD
 
 
 def recipe(**sections):
@@ -28,9 +28,7 @@ def recipe(**sections):
 @pytest.fixture
 def gpt2(tmp_path):
     """A GPT-2 without a pad token, its BOS its EOS, as the original."""
-    tokenizer = make_tokenizer(["some words to learn from"] * 3, 300)
-    tokenizer.backend_tokenizer.post_processor = None
-    tokenizer.pad_token = None
+    tokenizer = tiny_tokenizers.gpt2()
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=len(tokenizer), n_positions=32))
     folder = tmp_path / "gpt2"
@@ -43,16 +41,17 @@ def test_a_missing_pad_token_is_added_once_and_the_old_rows_stay(gpt2, tmp_path)
     tokenizer, model = models.load_tokenizer(gpt2, recipe()), models.load_policy(gpt2, recipe())
     assert tokenizer.pad_token is None
     before, size = model.get_input_embeddings().weight.clone(), len(tokenizer)
-    tokenizer.add_special_tokens({"additional_special_tokens": []})
-    models.ensure_pad(model, tokenizer)
-    models.ensure_pad(model, tokenizer)
+    for _ in range(2):
+        contract = models.contract_of(gpt2, tokenizer, recipe())
+        models.fit(model, contract)
     after = model.get_input_embeddings().weight
-    assert tokenizer.pad_token == models.PAD
+    assert tokenizer.pad_token == PAD
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    assert len(after) == len(tokenizer) >= size
+    assert len(after) == len(tokenizer) == size + 1
     assert torch.equal(after[:size], before)
+    torch.testing.assert_close(after[size], before.mean(0))
     assert after.data_ptr() == model.get_output_embeddings().weight.data_ptr()
-    models.save(model, Template(tokenizer), tmp_path / "saved")
+    models.save(model, contract, tmp_path / "saved")
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").pad_token_id == tokenizer.pad_token_id
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved").config.pad_token_id == tokenizer.pad_token_id
 
@@ -60,25 +59,25 @@ def test_a_missing_pad_token_is_added_once_and_the_old_rows_stay(gpt2, tmp_path)
 def test_padding_that_is_the_end_is_replaced(gpt2):
     tokenizer, model = models.load_tokenizer(gpt2, recipe()), models.load_policy(gpt2, recipe())
     tokenizer.pad_token = tokenizer.eos_token
-    models.ensure_pad(model, tokenizer)
+    models.fit(model, models.contract_of(gpt2, tokenizer, recipe()))
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
 
 
 def test_a_reward_model_reads_the_end_and_loads_with_the_stock_class(gpt2, tmp_path):
     tokenizer, policy = models.load_tokenizer(gpt2, recipe()), models.load_policy(gpt2, recipe())
-    models.ensure_pad(policy, tokenizer)
-    template = Template(tokenizer)
-    models.save(policy, template, tmp_path / "sft")
+    contract = models.contract_of(gpt2, tokenizer, recipe())
+    models.fit(policy, contract)
+    models.save(policy, contract, tmp_path / "sft")
     model = models.init_reward_model(tmp_path / "sft", recipe())
     assert model.score.bias is None
     trunk = policy.transformer.state_dict()
     assert all(torch.equal(weight, trunk[name]) for name, weight in model.transformer.state_dict().items())
     model.config.reward_bias = 0.75
-    models.save(model, template, tmp_path / "rm")
+    models.save(model, contract, tmp_path / "rm")
     stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
     loaded, bias = models.load_reward_model(tmp_path / "rm", recipe())
     assert bias == 0.75
-    ids = template.prompt("some") + template.response("words")
+    ids = contract.prompt("some") + contract.response("words")
     padded = torch.tensor([ids + [tokenizer.pad_token_id] * 3])
     hidden = loaded.transformer(torch.tensor([ids])).last_hidden_state
     assert ids[-1] == tokenizer.eos_token_id

@@ -359,6 +359,15 @@ def test_learning_rates_warm_up_by_iterations_and_stay(tmp_path):
         assert sorted(set(rates)) == pytest.approx([1e-3 * factors[step // 2], 2e-3 * factors[step // 2]], rel=1e-9)
 
 
+def test_learning_rates_may_fall_in_a_straight_line_after_the_warm_up(tmp_path):
+    steps = Steps()
+    options = {"warmup_iterations": 2, "final_learning_rate_share": 0.2, "num_ppo_epochs": 1, "response_length": 1}
+    trained(tmp_path, callbacks=[steps], total_episodes=8 * 6, **options)
+    factors = [rates[0] / 1e-3 for rates in steps.rates[::2]]
+    assert factors == pytest.approx([0.1, 0.55, 1, 0.8, 0.6, 0.4])
+    assert [rates[-1] for rates in steps.rates] == pytest.approx([2 * rates[0] for rates in steps.rates])
+
+
 def test_policy_and_critic_have_their_own_learning_rates_and_every_weight_one(tmp_path):
     made = trainer(tmp_path, weight_decay=0.1)
     rates = {id(p): group["lr"] for group in made.create_optimizer().param_groups for p in group["params"]}

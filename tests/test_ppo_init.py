@@ -5,15 +5,15 @@ from collections import Counter
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from instructrl.config import Pretrain, Recipe
 from instructrl.errors import UserError
 from instructrl.recipe import load_recipe
 from instructrl.stages import models, ppo_init, sft
+from instructrl.stages.contract import Contract, Limits
 from instructrl.stages.pretrain import make_model, make_tokenizer
 from instructrl.stages.tables import DEMONSTRATIONS, TEXT, write_table
-from instructrl.stages.template import Limits, Template
 
 TEXTS = [f"The {colour} cup is in the {place}." for colour in ("red", "blue", "old") for place in ("house", "town")]
 ROWS = [(f"Say {n}.", f"{n}, as you wish.") for n in range(18)]
@@ -37,7 +37,7 @@ def inputs(tmp_path_factory):
     tokenizer = make_tokenizer(TEXTS * 5, 300)
     torch.manual_seed(0)
     settings = Pretrain(vocab_size=300, hidden_size=16, layers=2, heads=2, context_length=96)
-    models.save(make_model(settings, tokenizer), Template(tokenizer), folder / "pretrain" / "model")
+    models.save_base(make_model(settings, tokenizer), tokenizer, folder / "pretrain" / "model")
     write_data(folder / "data", TEXTS)
     return {"data": folder / "data", "pretrain": folder / "pretrain"}
 
@@ -51,10 +51,10 @@ def write_data(folder, texts):
 
 
 def drawn(inputs, demonstrations, seed=0, **settings):
-    """(rows, template)."""
-    template = Template.load(inputs["pretrain"] / "model")
+    """(rows, contract)."""
+    contract = Contract(AutoTokenizer.from_pretrained(inputs["pretrain"] / "model"))
     made = recipe(ppo_init=settings).model_copy(update={"seed": seed})
-    return ppo_init.draw_documents(made, inputs["data"], template, Limits(96, 96, 96), demonstrations), template
+    return ppo_init.draw_documents(made, inputs["data"], contract, Limits(96, 96, 96), demonstrations), contract
 
 
 @pytest.mark.parametrize(
@@ -66,9 +66,9 @@ def test_documents_are_that_share_of_all_rows(inputs, share, demonstrations, doc
 
 
 def test_every_document_comes_before_any_comes_twice(inputs):
-    rows, template = drawn(inputs, 15, pretraining_share=0.5)
+    rows, contract = drawn(inputs, 15, pretraining_share=0.5)
     counts = Counter(tuple(row["input_ids"]) for row in rows)
-    assert set(counts) == {tuple(template.document(text)) for text in TEXTS}
+    assert set(counts) == {tuple(contract.document(text)) for text in TEXTS}
     assert set(counts.values()) == {2, 3}
     assert drawn(inputs, 15, pretraining_share=0.5)[0] == rows
     assert drawn(inputs, 15, pretraining_share=0.5, seed=1)[0] != rows
@@ -118,7 +118,7 @@ def test_tokenizer_and_vocabulary_are_those_of_sft(inputs, tmp_path):
         (tmp_path / name).mkdir()
         stage.run(name, settings, {"data": inputs["data"]}, tmp_path / name)
     one, other = (tmp_path / name / "model" for name in ("sft", "ppo_init"))
-    for file in ("tokenizer.json", "tokenizer_config.json", "template.json", "config.json"):
+    for file in ("tokenizer.json", "tokenizer_config.json", "contract.json", "config.json"):
         assert (one / file).read_bytes() == (other / file).read_bytes(), file
     sizes = [AutoModelForCausalLM.from_pretrained(path).get_input_embeddings().weight.shape for path in (one, other)]
     assert sizes[0] == sizes[1]

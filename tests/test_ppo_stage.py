@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from instructrl.config import PPO, Data, Eval, Model, PPOPtx, Recipe, Runtime, World
 from instructrl.errors import UserError
 from instructrl.stages import models, ppo
+from instructrl.stages.contract import Contract
 from instructrl.stages.pretrain import make_tokenizer
 from instructrl.stages.tables import PROMPTS, TEXT, write_table
-from instructrl.stages.template import Template
 from instructrl.trainers.ppo import PPOTrainer
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "the", "dog", "ran", "to", "me"]
@@ -44,15 +44,15 @@ def inputs(tmp_path_factory):
     """Artifacts of data, sft and reward_model with random models."""
     folder, generator = tmp_path_factory.mktemp("artifacts"), random.Random(0)
     text = [" ".join(generator.choices(WORDS, k=12)) for _ in range(40)]
-    template = Template(make_tokenizer(text, 300), "{prompt}\n")
-    special = {f"{name}_token_id": getattr(template.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    contract = Contract(make_tokenizer(text, 300), "{prompt}\n")
+    special = {f"{name}_token_id": getattr(contract.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=300, max_position_embeddings=64, tie_word_embeddings=True, **size, **special)
-    models.save(LlamaForCausalLM(config), template, folder / "sft" / "model")
+    models.save(LlamaForCausalLM(config), contract, folder / "sft" / "model")
     reward_model = models.init_reward_model(folder / "sft" / "model", recipe())
     reward_model.config.reward_bias = 0.25
-    models.save(reward_model, template, folder / "reward_model" / "model")
+    models.save(reward_model, contract, folder / "reward_model" / "model")
     (folder / "data").mkdir()
     prompts = [line[: generator.randint(5, 30)] for line in text] + [" ".join(text)]
     write_table(folder / "data" / "prompts.train.parquet", [{"prompt": line} for line in prompts], PROMPTS)
@@ -89,18 +89,34 @@ def test_the_stage_writes_a_policy_a_critic_and_its_numbers(inputs, tmp_path, na
     assert 0 < (average - before.lm_head.weight).norm() < 0.1 * (policy.lm_head.weight - before.lm_head.weight).norm()
     assert not torch.equal(policy.lm_head.weight, before.lm_head.weight)
     assert critic.config.num_labels == 1
-    assert Template.load(tmp_path / "model").template == "{prompt}\n"
+    assert Contract.load(tmp_path / "model").template == "{prompt}\n"
     assert json.loads((tmp_path / "progress.json").read_text())["step"] == 6
+
+
+def test_bf16_computes_in_bfloat16_and_keeps_the_weights(inputs, tmp_path):
+    """The score of the same answers differs by rounding from the one in float32; the weights are saved as they are."""
+    half = recipe().model_copy(update={"runtime": recipe().runtime.model_copy(update={"bf16": True})})
+    found = [
+        ppo.run("ppo", settings, inputs, folder(tmp_path, name)) for name, settings in (("a", recipe()), ("b", half))
+    ]
+    assert found[0]["initial_score"] != found[1]["initial_score"]
+    assert found[1]["initial_score"] == pytest.approx(found[0]["initial_score"], abs=0.05)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "b" / "model").dtype == torch.float32
+
+
+def folder(parent, name):
+    (parent / name).mkdir()
+    return parent / name
 
 
 def test_the_policy_starts_from_ppo_init_and_is_held_to_it(inputs, tmp_path):
     """At the first iteration its KL from the reference is 0; SFT is not even there."""
-    template = Template.load(inputs["sft"] / "model")
+    contract = Contract.load(inputs["sft"] / "model")
     other = models.load_policy(inputs["sft"] / "model", recipe())
     torch.manual_seed(1)
     for parameter in other.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
-    models.save(other, template, tmp_path / "other" / "model")
+    models.save(other, contract, tmp_path / "other" / "model")
     settings = recipe(init="ppo_init", learning_rate=1e-8)
     there = {name: inputs[name] for name in ("data", "reward_model")} | {"ppo_init": tmp_path / "other"}
     ppo.run("ppo", settings, there, tmp_path)
@@ -147,10 +163,10 @@ def test_no_pretraining_text_is_one_sentence(inputs, tmp_path):
     write_table(tmp_path / "text.train.parquet", [], TEXT)
     section = recipe().ppo_ptx
     with pytest.raises(UserError, match=r"ppo_ptx has no pretraining text: set data\.text, or ppo_ptx.ptx_coef=0"):
-        ppo.read_documents("ppo_ptx", section, tmp_path, Template.load(inputs["sft"] / "model"))
+        ppo.read_documents("ppo_ptx", section, tmp_path, Contract.load(inputs["sft"] / "model"))
 
 
 def test_documents_are_cut(inputs):
-    template = Template.load(inputs["sft"] / "model")
-    documents = ppo.read_documents("ppo_ptx", recipe().ppo_ptx, inputs["data"], template)
+    contract = Contract.load(inputs["sft"] / "model")
+    documents = ppo.read_documents("ppo_ptx", recipe().ppo_ptx, inputs["data"], contract)
     assert max(len(row["input_ids"]) for row in documents) == 10

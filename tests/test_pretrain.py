@@ -11,8 +11,8 @@ from instructrl.config import Recipe
 from instructrl.errors import UserError
 from instructrl.stages import pretrain
 from instructrl.stages.checkpoints import LOG, train
+from instructrl.stages.contract import Contract
 from instructrl.stages.tables import TEXT, write_table
-from instructrl.stages.template import Template
 
 WORDS = ["red", "blue", "green", "cat", "dog", "hen", "runs", "sits", "eats"]
 TEXTS = [
@@ -167,8 +167,8 @@ def test_a_run_learns_and_a_killed_one_ends_the_same(inputs, tmp_path, monkeypat
     model = AutoModelForCausalLM.from_pretrained(folders[0] / "model")
     assert model.config.use_cache
     tokenizer = AutoTokenizer.from_pretrained(folders[0] / "model")
-    template = Template.load(folders[0] / "model")
-    assert tokenizer("The cat")["input_ids"] == template.document("The cat")[:-1]
+    contract = Contract(tokenizer)
+    assert tokenizer("The cat")["input_ids"] == contract.document("The cat")[:-1]
     assert tokenizer.eos_token == tokenizer.bos_token == "<|endoftext|>"
     assert model.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
 

@@ -11,9 +11,9 @@ from instructrl.config import Pretrain, Recipe
 from instructrl.errors import UserError
 from instructrl.stages import models, preferences, reward_model
 from instructrl.stages.checkpoints import LOG
+from instructrl.stages.contract import Contract, Limits
 from instructrl.stages.pretrain import make_model, make_tokenizer
 from instructrl.stages.tables import DEMONSTRATIONS, RANKINGS, write_table
-from instructrl.stages.template import Limits, Template
 from instructrl.trainers.ranking import score
 
 GOOD, BAD, POOR = "yes gladly", "no never", "perhaps"
@@ -48,7 +48,7 @@ def sft(tmp_path_factory):
     tokenizer = make_tokenizer(["ask yes gladly no never perhaps 0123456789"] * 3, 300)
     torch.manual_seed(0)
     settings = Pretrain(vocab_size=300, hidden_size=16, layers=1, heads=2, context_length=64)
-    models.save(make_model(settings, tokenizer), Template(tokenizer, "{prompt}\n"), folder / "model")
+    models.save(make_model(settings, tokenizer), Contract(tokenizer, "{prompt}\n"), folder / "model")
     return folder
 
 
@@ -83,9 +83,9 @@ def test_it_learns_is_shifted_and_loads(sft, tmp_path, name):
     assert {"accuracy", "margin", "loss"} <= lines[0].keys()
 
     model, bias = models.load_reward_model(folder / "model", recipe())
-    template = Template.load(folder / "model")
-    demonstrations = [template.prompt(row["prompt"]) + template.response(GOOD) for row in DEMONSTRATIONS_]
-    raw = score(model, demonstrations, template.tokenizer.pad_token_id)
+    contract = Contract.load(folder / "model")
+    demonstrations = [contract.prompt(row["prompt"]) + contract.response(GOOD) for row in DEMONSTRATIONS_]
+    raw = score(model, demonstrations, contract.tokenizer.pad_token_id)
     shifted = [one - bias for one in raw]
     assert sum(shifted) / len(shifted) == pytest.approx(0, abs=1e-5)
     assert abs(bias) > 0.1
@@ -112,7 +112,7 @@ def test_trunk_is_the_sft_models_and_the_head_is_new(sft):
 
 def test_what_is_left_out_is_counted(sft):
     model = models.load_policy(sft / "model", recipe())
-    template = Template.load(sft / "model")
+    contract = Contract.load(sft / "model")
     limits = Limits.of(recipe(data={"world": {}, "max_response_tokens": 20}), model)
     dropped = reward_model.Counter()
     rows = reward_model.encode(
@@ -122,14 +122,14 @@ def test_what_is_left_out_is_counted(sft):
             {"prompt": "b", "responses": ["x", "y " * 30], "ranks": [1, 2]} | EXTRA,
             {"prompt": "c", "responses": ["x", "y"], "ranks": [1, 1]} | EXTRA,
         ],
-        template,
+        contract,
         limits,
         dropped,
     )
     assert [row["responses"] for row in rows] == [["x", "z"]]
     assert (rows[0]["ranks"], rows[0]["annotators"], rows[0]["held_out"]) == ([1, 3], [[1, 3]], [[3, 1]])
     assert rows[0]["gold"] == [1, 2]
-    assert rows[0]["completion_ids"][1] == template.prompt("a") + template.response("z")
+    assert rows[0]["completion_ids"][1] == contract.prompt("a") + contract.response("z")
     assert dropped == {
         "responses with a response above data.max_response_tokens=20": 2,
         "rankings without an untied pair": 2,

@@ -14,9 +14,9 @@ from instructrl.config import Pretrain, Recipe
 from instructrl.errors import UserError
 from instructrl.stages import models, sft
 from instructrl.stages.checkpoints import FOLDER, LOG, train
+from instructrl.stages.contract import Contract, Limits
 from instructrl.stages.pretrain import make_model, make_tokenizer
 from instructrl.stages.tables import DEMONSTRATIONS, write_table
-from instructrl.stages.template import Limits, Template
 
 TEXTS = ["The cat sat on the mat and saw a dog. ", "What is 2 plus 3? It is 5. "] * 10
 DEMONSTRATIONS_ = [(f"Say {n} {'again ' * (n % 4)}", f"{n}, as you {'really ' * (n % 3)}wish.") for n in range(24)]
@@ -41,7 +41,7 @@ def inputs(tmp_path_factory):
     tokenizer = make_tokenizer(TEXTS, 300)
     torch.manual_seed(0)
     settings = Pretrain(vocab_size=300, hidden_size=16, layers=2, heads=2, context_length=96)
-    models.save(make_model(settings, tokenizer), Template(tokenizer), folder / "pretrain" / "model")
+    models.save_base(make_model(settings, tokenizer), tokenizer, folder / "pretrain" / "model")
     write_demonstrations(folder / "data", DEMONSTRATIONS_)
     return {"data": folder / "data", "pretrain": folder / "pretrain"}
 
@@ -70,8 +70,8 @@ def batch(trainer, rows=5):
 def make(inputs, folder, kind, recipe_):
     tokenizer = models.load_tokenizer(inputs["pretrain"] / "model", recipe_)
     model = models.load_policy(inputs["pretrain"] / "model", recipe_)
-    template = Template(tokenizer, recipe_.model.template)
-    rows, _ = sft.encode(inputs["data"] / "demonstrations.train.parquet", template, Limits.of(recipe_, model))
+    contract = Contract(tokenizer, recipe_.model.template)
+    rows, _ = sft.encode(inputs["data"] / "demonstrations.train.parquet", contract, Limits.of(recipe_, model))
     return kind(
         model=model,
         args=sft.arguments(recipe_, folder / FOLDER),
@@ -98,10 +98,10 @@ def test_the_fast_loss_gradient_and_metrics_are_trls_own(inputs, tmp_path, compl
 def test_only_the_response_is_trained_on(inputs, tmp_path):
     """By hand: -log p of the response's tokens and EOS, each row alone."""
     trainer = make(inputs, tmp_path, sft.FastSFTTrainer, recipe())
-    template = Template(trainer.processing_class, "Q: {prompt}\nA:")
+    contract = Contract(trainer.processing_class, "Q: {prompt}\nA:")
     total, tokens = 0.0, 0
     for prompt, response in DEMONSTRATIONS_[:5]:
-        before, after = template.prompt(prompt), template.response(response)
+        before, after = contract.prompt(prompt), contract.response(response)
         logprobs = trainer.model(input_ids=torch.tensor([before + after])).logits.log_softmax(-1)[0]
         total -= sum(logprobs[len(before) + i - 1, token].item() for i, token in enumerate(after))
         tokens += len(after)
@@ -121,7 +121,7 @@ def test_a_run_learns_and_leaves_a_model_of_the_same_form(inputs, tmp_path):
     before, after = (json.loads(config.read_text()) for config in configs)
     assert after == before
     assert weights(tmp_path).keys() == weights(inputs["pretrain"]).keys()
-    assert Template.load(tmp_path / "model").template == "Q: {prompt}\nA:"
+    assert Contract.load(tmp_path / "model").template == "Q: {prompt}\nA:"
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert not any(module._forward_hooks for module in loaded.modules())
 

@@ -17,7 +17,7 @@ from instructrl.errors import StageFailed, UserError
 from instructrl.launch import check_trainers
 from instructrl.plan import make_plan
 from instructrl.stages import models, ppo, trl_ppo
-from instructrl.stages.template import Template
+from instructrl.stages.contract import Contract
 from instructrl.trainers.ema import EMA
 
 try:
@@ -142,7 +142,7 @@ def test_the_stage_writes_what_ours_does(inputs, tmp_path, minibatches):  # noqa
         old, new = weights(kind, before), weights(kind, after)
         assert set(old) == set(new)
         assert any(not torch.equal(old[name], new[name]) for name in old)
-    assert Template.load(tmp_path / "model").template == "{prompt}\n"
+    assert Contract.load(tmp_path / "model").template == "{prompt}\n"
 
 
 @only_old
@@ -203,7 +203,7 @@ def test_the_models_own_sampling_settings_are_set_aside(inputs, tmp_path):  # no
     eos = policy.generation_config.eos_token_id
     policy.generation_config.update(repetition_penalty=1.5, eos_token_id=[eos, 7])
     changed = tmp_path / "sft"
-    models.save(policy, Template.load(inputs["sft"] / "model"), changed / "model")
+    models.save(policy, Contract.load(inputs["sft"] / "model"), changed / "model")
     ppo.run("ppo", wanting(num_mini_batches=1, max_tokens=99 * LONGEST), inputs | {"sft": changed}, tmp_path)
     first = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
     assert first["trl/val/ratio"] == pytest.approx(1, abs=1e-5)
@@ -215,10 +215,10 @@ def test_the_models_own_sampling_settings_are_set_aside(inputs, tmp_path):  # no
 @only_old
 def test_a_callback_averages_the_weights(inputs, tmp_path):  # noqa: F811
     """With decay 0 the average after the last iteration is the trained policy."""
-    settings, tokenizer = wanting(), Template.load(inputs["sft"] / "model").tokenizer
+    settings, tokenizer = wanting(), Contract.load(inputs["sft"] / "model").tokenizer
     policy = models.load_policy(inputs["sft"] / "model", settings)
     critic, reward_model = (models.load_reward_model(inputs["reward_model"] / "model", settings)[0] for _ in range(2))
-    prompts, _ = ppo.read_prompts("ppo", settings, inputs["data"], Template.load(inputs["sft"] / "model"), policy)
+    prompts, _ = ppo.read_prompts("ppo", settings, inputs["data"], Contract.load(inputs["sft"] / "model"), policy)
     ema = EMA(policy, decay=0.0, every=1)
     before = {name: average.clone() for name, average in ema.averages.items()}
     trl_ppo.train("ppo", settings, tmp_path, tokenizer, policy, critic, reward_model, 0.0, prompts, callbacks=[ema])

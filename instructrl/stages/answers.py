@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from instructrl.config import Recipe
 from instructrl.errors import UserError
+from instructrl.stages.contract import Contract
 from instructrl.stages.tables import read_table
-from instructrl.stages.template import Template
 from instructrl.trainers.rollout import Completion, generate
 from instructrl.trainers.selection import best_of_n
 from instructrl.world import Prompt, World, make_world
@@ -47,7 +47,7 @@ class Answer:
 
 
 def held_out_prompts(
-    recipe: Recipe, data: Path, template: Template, context: int, table: str, limit: int
+    recipe: Recipe, data: Path, contract: Contract, context: int, table: str, limit: int
 ) -> list[dict]:
     """The first prompts of a table that are not too long. Adds `ids`, the prompt as the models read it.
 
@@ -58,7 +58,7 @@ def held_out_prompts(
     longest = min(recipe.data.max_prompt_tokens, context - recipe.eval.response_length)
     kept = []
     for row in rows:
-        row["ids"] = template.prompt(row["prompt"])
+        row["ids"] = contract.prompt(row["prompt"])
         if len(row["ids"]) <= longest:
             kept.append(row)
         if len(kept) == limit:
@@ -75,7 +75,7 @@ def held_out_prompts(
 def sample(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
-    template: Template,
+    contract: Contract,
     recipe: Recipe,
     temperature: float,
     stops: Sequence[int] = (),
@@ -85,15 +85,15 @@ def sample(
 
     With a `stop`, the answer is what stands before it, without the spaces around it, and is tokenised anew.
     """
-    completions = generate(model, prompts, temperature=temperature, stop_token_ids=stops, **sampling(template, recipe))
-    return [answer(completion, template, stop) for completion in completions]
+    completions = generate(model, prompts, temperature=temperature, stop_token_ids=stops, **sampling(contract, recipe))
+    return [answer(completion, contract, stop) for completion in completions]
 
 
 def sample_best(
     model: PreTrainedModel,
     reward_model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
-    template: Template,
+    contract: Contract,
     recipe: Recipe,
 ) -> list[Answer]:
     """Of `eval.best_of_n` answers to each prompt the one with the highest reward; `sample`'s is among them."""
@@ -104,49 +104,42 @@ def sample_best(
         reward_model,
         temperature=recipe.eval.temperature,
         max_tokens=recipe.runtime.max_tokens,
-        **sampling(template, recipe),
+        **sampling(contract, recipe),
     )
-    return [answer(completion, template) for completion in found.completions]
+    return [answer(completion, contract) for completion in found.completions]
 
 
-def sampling(template: Template, recipe: Recipe) -> dict:
+def sampling(contract: Contract, recipe: Recipe) -> dict:
     """What all models sample with."""
     return {
         "max_new_tokens": recipe.eval.response_length,
-        "eos_token_id": template.tokenizer.eos_token_id,
-        "pad_token_id": template.tokenizer.pad_token_id,
+        "eos_token_id": contract.tokenizer.eos_token_id,
+        "pad_token_id": contract.tokenizer.pad_token_id,
         "generator": torch.Generator().manual_seed(recipe.seed),
         "batch_size": recipe.runtime.generation_batch_size,
     }
 
 
-def answer(completion: Completion, template: Template, stop: str = "") -> Answer:
+def answer(completion: Completion, contract: Contract, stop: str = "") -> Answer:
     """The completion as text; with a `stop`, what stands before it."""
     ids = completion.ids
-    ended = ids[-1] == template.tokenizer.eos_token_id
-    text = template.decode(ids)
+    ended = ids[-1] == contract.tokenizer.eos_token_id
+    text = contract.decode(ids)
     if stop:
         before, found, _ = text.partition(stop)
         text, ended = before.strip(), ended or bool(found)
-        ids = template.response(text)
+        ids = contract.response(text)
         ids = ids if ended else ids[:-1]
     return Answer(text, ids, ended, float(completion.logprobs.sum()))
 
 
-def stop_tokens(template: Template, stop: str) -> list[int]:
+def stop_tokens(contract: Contract, stop: str) -> list[int]:
     """Every token whose text contains `stop`: BPE vocabularies hold many with a newline."""
     if not stop:
         return []
-    tokenizer = template.tokenizer
+    tokenizer = contract.tokenizer
     words = tokenizer.batch_decode([[number] for number in range(len(tokenizer))])
     return [number for number, word in enumerate(words) if stop in word and number != tokenizer.eos_token_id]
-
-
-def make_room(model: PreTrainedModel, template: Template) -> None:
-    """Give a base model the row of the padding token that SFT added; no model ever samples it."""
-    needed = template.tokenizer.pad_token_id + 1
-    if needed > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(needed)
 
 
 # ---- GPT (prompted)
@@ -169,9 +162,9 @@ def prefixes(recipe: Recipe, data: Path) -> list[str]:
     return [PLAIN_FRAME, frame + PLAIN_FRAME] if shots else [PLAIN_FRAME]
 
 
-def prefixed(recipe: Recipe, prefix: str, rows: Sequence[dict], template: Template, context: int) -> list[list[int]]:
+def prefixed(recipe: Recipe, prefix: str, rows: Sequence[dict], contract: Contract, context: int) -> list[list[int]]:
     """Prompts behind a prefix, as ids. What is too long loses its beginning, the shots first; BOS stays."""
-    plain = Template(template.tokenizer, "{prompt}")
+    plain = contract.plain()
     world = world_of(recipe) if recipe.data.world else None
     bos = len(plain.bos)
     room = context - recipe.eval.response_length - bos

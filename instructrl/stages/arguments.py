@@ -63,7 +63,7 @@ def trainer_arguments(kind: type[TrainingArguments], recipe: Recipe, section: st
         raise UserError(f"{section}.batch_size={settings.batch_size} cannot be shared by {processes} processes.")
     share = settings.batch_size // processes
     micro = largest_divisor(share, runtime.micro_batch_size)
-    defaults = {"weight_decay": 0.0, "max_grad_norm": 1.0, "bf16": False, "report_to": []}
+    defaults = {"weight_decay": 0.0, "max_grad_norm": 1.0, "bf16": runtime.bf16, "report_to": []}
     found = kind(
         output_dir=str(folder),
         learning_rate=settings.learning_rate,

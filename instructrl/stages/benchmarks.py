@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from instructrl.stages.contract import Contract
 from instructrl.stages.tables import read_table
-from instructrl.stages.template import Template
 from instructrl.trainers.packing import Pack, outputs
 from instructrl.trainers.rollout import length_batches, next_token_logits, score_logprobs
 
@@ -19,9 +19,9 @@ Question = tuple[list[int], list[list[int]]]
 """A context and its choices, as ids."""
 
 
-def encode_tasks(rows: Sequence[dict], template: Template, context: int) -> list[Question]:
+def encode_tasks(rows: Sequence[dict], contract: Contract, context: int) -> list[Question]:
     """Rows of TASKS as ids, in the form of a pretraining document. What is too long loses its beginning."""
-    plain, bos = Template(template.tokenizer, "{prompt}"), template.bos
+    plain, bos = contract.plain(), contract.bos
     known: dict[str, list[int]] = {}
     questions = []
     for row in rows:

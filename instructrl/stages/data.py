@@ -1,74 +1,89 @@
-"""Demonstrations, rankings, prompts and text: from the built-in world, or read, checked and split from the user's own.
+"""Demonstrations, rankings, prompts and text: from the built-in world, or prepared as the paper prepares its own.
 
-Splits go by prompt, not by row. The hash of a prompt's text decides where it belongs, so the same prompt never crosses
-splits, and the order of the rows does not move it. Whitespace and case do not count: 'Hi there' and 'hi  there' are one
-prompt. A prompt may be a demonstration, a ranking and one for PPO. Two rules keep what measures apart from what trains:
+The user's own data goes through one pool (`pool.py`), in the paper's order (section 3.2): prompts that share a long
+prefix are deduplicated, a user has at most so many, users are split, and personal data leaves the training split. What
+the paper leaves out comes last: what training shares with anything that measures (`leakage.py`).
 
-- A prompt whose ranking trains the judge (`rankings.judge`) or measures the reward model (`rankings.valid`) is taken
-  out of the demonstrations and of `prompts.train`: no policy is trained on it.
-- A prompt of `prompts.eval` or `prompts.valid` is in no training set, the judge's included.
+Splits. Every unit (a user with all their prompts; without a user, a prompt) has a place on [0, 1), from its hash:
+
+    0 ... eval ... valid ............. valid_ranking .............. + judge ............................ 1
+    held out of everything             its rankings measure the     its rankings train   trains policy and
+                                       reward model                 the judge            reward model
+
+A unit between the two whose rankings measure or judge trains nothing else; one without rankings trains. So no prompt
+and no user is on both sides, whatever kinds of rows they have, and the order of rows does not matter.
 """
 
-import hashlib
 import json
-import re
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
-from instructrl.config import Data, Recipe, Source, World
+from instructrl.config import Data, Recipe, World
 from instructrl.errors import UserError
 from instructrl.progress import Progress
-from instructrl.stages import records, sources
+from instructrl.stages import leakage, sources
+from instructrl.stages.card import write_card
+from instructrl.stages.ingest import Reading, RowWork, entries, short_name
+from instructrl.stages.mixture import quotas
+from instructrl.stages.pool import KINDS, Pool
 from instructrl.stages.tables import DEMONSTRATIONS, PROMPTS, RANKINGS, TASKS, TEXT, write_table
-from instructrl.world import world_data
+from instructrl.world import Prompt, world_data
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SCHEMAS = {"demonstrations": DEMONSTRATIONS, "rankings": RANKINGS, "prompts": PROMPTS, "text": TEXT, "tasks": TASKS}
+PARTS = {
+    "demonstrations": ("train", "valid"),
+    "rankings": ("train", "valid", "judge"),
+    "prompts": ("train", "valid", "eval"),
+    "text": ("train", "valid"),
+}
+HELD_OUT_PARTS = {"demonstrations": ("valid",), "rankings": ("valid",), "prompts": ("valid", "eval")}
+TRAINING_PARTS = (
+    ("demonstrations", "train"),
+    ("rankings", "train"),
+    ("rankings", "judge"),
+    ("prompts", "train"),
+    ("text", "train"),
+)
 
 EVAL_SHARE = 0.75
 """Of the held-out prompts, the share on which the models are compared (`prompts.eval`). On the others (`prompts.valid`)
 the prefix of GPT (prompted) is chosen. Our choice."""
 
-HELD_OUT = "dropped_as_prompts_of_rankings_valid_or_judge"
-"""In `card.json`: rows of `demonstrations` and of `prompts.train` that fell away for the first rule above."""
-
-
-@dataclass
-class Reading:
-    """What became of one source's rows."""
-
-    source: Source
-    files: list[str]
-    kept: int = 0
-    dropped: Counter = field(default_factory=Counter)
-
-    def card(self) -> dict:
-        """JSON for `card.json`."""
-        pinned = {
-            key: value for key, value in asdict(self)["source"].model_dump().items() if value not in (None, {}, False)
-        }
-        return {"source": pinned, "files": self.files, "kept": self.kept, "dropped": dict(self.dropped)}
-
 
 def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dict:
-    """Write the tables and `card.json`. Returns the number of rows of each table and of dropped rows.
+    """Write the tables, `card.json`, and for the user's own data `data_card.md`. Returns the number of rows of each
+    table, and of rows that fell away.
 
     Raises:
         UserError: a source cannot be read, a row is wrong, or nothing is left for a table that a stage needs.
     """
     if recipe.data.world:
-        tables, card = world_tables(recipe.data.world, recipe.seed, recipe.data.valid_share), {}
+        made = world_tables(recipe.data.world, recipe.seed, recipe.data.valid_share)
+        counts = {table: write(folder, table, rows) for table, rows in made.items()}
+        card: dict = {"rows": counts}
     else:
-        tables, card = read_data(recipe.data, recipe.seed, Progress(folder))
-    counts = {}
-    for table, rows in tables.items():
-        counts[table] = write_table(folder / f"{table}.parquet", rows, SCHEMAS[table.split(".")[0]])
-    card = {"rows": counts} | card
+        counts, card = prepare(recipe, folder)
     (folder / "card.json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    dropped = sum(sum(reading["dropped"].values()) for reading in card.get("sources", {}).values())
-    dropped += sum(card.get(HELD_OUT, {}).values())
-    return {table.replace(".", "_"): count for table, count in counts.items()} | {"dropped": dropped}
+    if not recipe.data.world:
+        contract = RowWork(recipe).contract
+        write_card(folder, card, contract and counter(contract.tokenizer))
+    return {table.replace(".", "_"): count for table, count in counts.items()} | {"dropped": fallen(card)}
+
+
+def counter(tokenizer: "PreTrainedTokenizerBase") -> Callable[[list[str]], list[int]]:
+    """Texts -> how many tokens each has."""
+    return lambda texts: [len(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+
+
+def write(folder: Path, table: str, rows) -> int:
+    return write_table(folder / f"{table}.parquet", rows, SCHEMAS[table.split(".")[0]])
 
 
 def world_tables(world: World, seed: int, valid_share: float) -> dict[str, list[dict]]:
@@ -76,220 +91,211 @@ def world_tables(world: World, seed: int, valid_share: float) -> dict[str, list[
     made = world_data(world, seed, valid_share)
     tables: dict[str, list[dict]] = {"tasks": made.tasks}
     for part, answered in made.demonstrations.items():
-        rows = [{"prompt": prompt.text, "response": answer, "spec": prompt.to_json()} for prompt, answer in answered]
-        tables[f"demonstrations.{part}"] = [row | {"source": "world"} for row in rows]
+        tables[f"demonstrations.{part}"] = [world_prompt(prompt) | {"response": answer} for prompt, answer in answered]
     for part, prompts in made.prompts.items():
-        tables[f"prompts.{part}"] = [
-            {"prompt": prompt.text, "category": prompt.use_case, "kind": prompt.kind, "source": "world"}
-            | {"spec": prompt.to_json()}
-            for prompt in prompts
-        ]
+        tables[f"prompts.{part}"] = [world_prompt(prompt) for prompt in prompts]
     for part, documents in made.text.items():
         tables[f"text.{part}"] = [{"kind": kind, "text": text} for kind, text in documents]
     return tables
 
 
-def read_data(data: Data, seed: int, progress: Progress | None = None) -> tuple[dict[str, list[dict]], dict]:
-    """(tables by name, what the card says of the sources)."""
-    listed = list(sources.named_sources(data))
-    rows: dict[str, list[dict]] = {kind: [] for kind in sources.KINDS}
-    card = {}
-    for number, (kind, key, source) in enumerate(listed, 1):
-        found, reading = read_source(source, kind, key)
-        rows[kind] += found
-        card[key] = reading.card()
-        if progress:
-            progress.update(number, len(listed))
-    if rows["rankings"] == [] and data.rankings:
-        raise UserError("data.rankings: nothing is left after dropping rankings whose responses are all tied")
-    tables, in_training, held_out = split_rows(rows, data, seed)
-    for table, key in (("demonstrations", "data.demonstrations"), ("prompts.train", "data.prompts")):
-        if held_out[table] and not tables[table if "." in table else f"{table}.train"]:
-            raise UserError(
-                f"{key}: nothing is left to train on: every prompt is also that of a ranking held out for the judge or "
-                "to measure the reward model; add other prompts, or lower data.judge_ranking_share or "
-                "data.valid_ranking_share"
+def world_prompt(prompt: Prompt) -> dict:
+    notes = {"category": prompt.use_case, "kind": prompt.kind, "source": "world"}
+    return {"prompt": prompt.text, **notes, "spec": prompt.to_json()}
+
+
+def prepare(recipe: Recipe, folder: Path) -> tuple[dict[str, int], dict]:
+    """Write the tables of the user's own data. (rows of each table, the card)."""
+    data = recipe.data
+    with (
+        TemporaryDirectory(dir=folder, prefix="pool-") as scratch,
+        closing(Pool(Path(scratch) / "pool.db", recipe.seed)) as pool,
+    ):
+        readings = fill(pool, recipe, Progress(folder))
+        clean(pool, data)
+        split(pool, data)
+        if data.pii_filter:
+            remove_personal(pool)
+        leaks = remove_leaks(pool, data)
+        check_parts(pool, data)
+        tables = {f"{kind}.{part}": rows for kind, part, rows in table_rows(pool, data)}
+        counts = {table: write(folder, table, rows()) for table, rows in tables.items()}
+        return counts, card_of(pool, data, readings, counts, leaks)
+
+
+def fill(pool: Pool, recipe: Recipe, progress: Progress) -> list[Reading]:
+    """Read all sources into the pool."""
+    readings: list[Reading] = []
+    work = RowWork(recipe)
+    count = 0
+    for found in entries(recipe.data, work, readings, recipe.runtime.jobs):
+        count += pool.add(found, recipe.data.dedup_prefix)
+        progress.update(count, count + 1)
+    pool.gather()
+    return readings
+
+
+def clean(pool: Pool, data: Data) -> None:
+    """What goes before the split, in the paper's order."""
+    pool.remove_repeated()
+    pool.remove_other_owners()
+    if data.dedup_prefix:
+        pool.remove_shared_prefixes(data.dedup_prefix)
+    if data.max_prompts_per_user:
+        pool.remove_above_cap(data.max_prompts_per_user)
+    pool.remove_same_prompts()
+    mix(pool, data)
+
+
+def mix(pool: Pool, data: Data) -> None:
+    """Keep of each source what its `weight` asks for."""
+    numbers: dict[str, list[int]] = {}
+    for number, (kind, _, _) in enumerate(sources.named_sources(data)):
+        numbers.setdefault(kind, []).append(number)
+    for kind, its in numbers.items():
+        weights = [source.weight for source in getattr(data, kind)]
+        if all(weights):
+            counts = pool.counts(kind, "source")
+            pool.remove_beyond_quotas(
+                kind, dict(zip(its, quotas([counts.get(n, 0) for n in its], weights), strict=True))
             )
-    if not tables["prompts.eval"]:
+
+
+def split(pool: Pool, data: Data) -> None:
+    """Give every row its part, and take out those whose unit's rankings are held out: see above."""
+    valid, judge = data.valid_share, data.judge_ranking_share
+    ranked = max(valid, data.valid_ranking_share)
+    eval_, rest = valid * EVAL_SHARE, ranked + judge
+    pool.move("rankings", 0, ranked)
+    pool.move("rankings", ranked, rest)
+    pool.move("demonstrations", 0, valid)
+    pool.move("prompts", 0, eval_)
+    pool.move("prompts", eval_, valid)
+    pool.move("text", 0, valid)
+    pool.assign("rankings", "valid", 0, ranked)
+    pool.assign("rankings", "judge", ranked, rest)
+    pool.assign("demonstrations", "valid", 0, valid)
+    pool.assign("prompts", "eval", 0, eval_)
+    pool.assign("prompts", "valid", eval_, valid)
+    pool.assign("text", "valid", 0, valid)
+    pool.remove_reserved(valid, rest)
+    for kind in KINDS:
+        pool.assign(kind, "train", 0, 1)
+
+
+def remove_personal(pool: Pool) -> None:
+    """Prompts with personal data leave the training split, and only that (paper, 3.2)."""
+    says = "have a prompt with personal data, and would be trained on"
+    chosen = "SELECT number FROM rows WHERE personal AND part IN ('train', 'judge')"
+    pool.remove("pii", says, chosen, "data.pii_filter", True)
+
+
+def remove_leaks(pool: Pool, data: Data) -> list[leakage.Leak]:
+    """Compare what trains with what measures, and take out or refuse what they share."""
+    length = data.leakage_ngram
+    if data.leakage == "ignore":
+        return []
+    leaks = leakage.find(lambda: training_texts(pool), leakage.HeldOut(held_out_sets(pool, data), length))
+    found = {leak.against: len(leak.rows) for leak in leaks if leak.rows}
+    if found and data.leakage == "refuse":
+        listed = ", ".join(f"{count} rows with {name}" for name, count in found.items())
+        example = next(leak.examples[0] for leak in leaks if leak.examples)
         raise UserError(
-            "no prompt is left for eval: every held-out prompt is also a training prompt, or there are too few; "
-            "add more data.prompts, or raise data.valid_share or data.valid_ranking_share"
+            f"data.leakage=refuse: training data shares texts, or {length} words in a row, with what measures: "
+            f"{listed}; one of them begins {example[:80]!r}; set data.leakage=remove to take such rows out of training"
         )
-    return tables, {
-        "sources": card,
-        "held_out_prompts_dropped_as_training_prompts": in_training,
-        HELD_OUT: held_out,
+    says = f"share a text, or {length} words in a row, with what measures"
+    numbers = set().union(*(leak.rows for leak in leaks)) if data.leakage == "remove" else ()
+    pool.remove_numbers("leakage", says, numbers, "data.leakage", data.leakage)
+    return leaks
+
+
+def held_out_sets(pool: Pool, data: Data) -> Iterator[tuple[str, Iterator[str]]]:
+    """(name, texts) of all that measures: our own held-out prompts, and the evaluation sets."""
+    for kind, parts in HELD_OUT_PARTS.items():
+        for part in parts:
+            yield f"{kind}.{part}", (record["prompt"] for _, record in pool.read(kind, part))
+    for number, source in enumerate(data.evaluation_sets):
+        rows = sources.rows(source, f"data.evaluation_sets[{number}]")
+        yield short_name(source.path), (text for row in rows for text in leakage.strings(row.values))
+
+
+def training_texts(pool: Pool) -> Iterator[tuple[int, list[str]]]:
+    """(number, texts) of every row that trains."""
+    for kind, part in TRAINING_PARTS:
+        for number, record in pool.read(kind, part):
+            texts = [record[name] for name in ("prompt", "response", "text") if record.get(name)]
+            yield number, texts + list(record.get("responses", ()))
+
+
+def table_rows(pool: Pool, data: Data) -> Iterator[tuple[str, str, Callable[[], Iterator[dict]]]]:
+    """(kind, part, what yields its rows). Without prompts of their own, PPO and evaluation take those of rankings."""
+    own = bool(data.prompts)
+    for kind, parts in PARTS.items():
+        for part in parts:
+            if kind == "prompts" and not own:
+                yield (
+                    kind,
+                    part,
+                    lambda part=part: ranked_prompts(pool, part, max(data.valid_share, data.valid_ranking_share)),
+                )
+            else:
+                yield kind, part, lambda kind=kind, part=part: (record for _, record in pool.read(kind, part))
+
+
+def ranked_prompts(pool: Pool, part: str, held_out: float) -> Iterator[dict]:
+    """The prompts of the rankings, each once."""
+    seen = None
+    for prompt, place, record in pool.read_by_prompt("rankings", "train" if part == "train" else "valid"):
+        wanted = part == "train" or (place < held_out * EVAL_SHARE) == (part == "eval")
+        if wanted and prompt != seen:
+            seen = prompt
+            yield {name: record[name] for name in PROMPTS.names if name in record}
+
+
+def check_parts(pool: Pool, data: Data) -> None:
+    """Something must be left to train on and to measure with."""
+    if data.rankings and not pool.count("rankings"):
+        raise UserError("data.rankings: nothing is left after dropping rankings whose responses are all tied")
+    for kind in ("demonstrations", "prompts"):
+        if getattr(data, kind) and not pool.count(kind, "part = 'train'"):
+            removed = "; ".join(f"{step.removed[kind]} {step.says}" for step in pool.steps if step.removed.get(kind))
+            raise UserError(
+                f"data.{kind}: nothing is left to train on: {removed or 'all are held out'}; add others, or lower "
+                "data.judge_ranking_share or data.valid_ranking_share"
+            )
+    kind = "prompts" if data.prompts else "rankings"
+    part = "eval" if data.prompts else "valid"
+    if not pool.count(kind, f"part = '{part}'"):
+        raise UserError(
+            "no prompt is left for eval: there are too few; add more data.prompts, or raise data.valid_share or "
+            "data.valid_ranking_share"
+        )
+
+
+def card_of(pool: Pool, data: Data, readings: list[Reading], counts: dict[str, int], leaks: list[leakage.Leak]) -> dict:
+    """`card.json`: what was read, what every step took out, and what is left; the counts add up (`flow.py`)."""
+    read: Counter = Counter()
+    cards = {}
+    for (kind, key, _), reading in zip(sources.named_sources(data), readings, strict=True):
+        read[kind] += reading.read
+        cards[key] = reading.card()
+    steps, kept = [step.card() for step in pool.steps], {kind: pool.count(kind) for kind in KINDS}
+    if not data.prompts:
+        kept["prompts"] = sum(count for table, count in counts.items() if table.startswith("prompts."))
+        says = "are the prompts of rankings, each once"
+        steps.append({"step": "ranked", "says": says, "added": {"prompts": kept["prompts"]}})
+    return {
+        "rows": counts,
+        "sources": cards,
+        "steps": steps,
+        "read": {kind: read[kind] for kind in KINDS},
+        "kept": kept,
+        "leakage": [leak.card() for leak in leaks],
     }
 
 
-def read_source(source: Source, kind: str, key: str) -> tuple[list[dict], Reading]:
-    """The source's rows as ours, without repeated ones, and what was dropped and why."""
-    reading = Reading(source, [str(file) for file in sources.files(source, key)])
-    label = short_name(source.path)
-    rows, seen = [], set()
-    for row in sources.rows(source, key):
-        if kind == "text" and _is_blank(row, source):
-            reading.dropped["empty"] += 1
-            continue
-        try:
-            found = records.record(row, kind, source, key)
-        except records.Invalid as problem:
-            if not source.skip_invalid:
-                raise records.invalid(row, problem, key) from None
-            reading.dropped["invalid"] += 1
-            continue
-        if source.cut_prompt and "prompt" in found:
-            found["prompt"] = cut(found["prompt"], source.cut_prompt)
-        naming = "kind" if kind == "text" else "source"
-        found[naming] = found.get(naming) or label
-        if kind == "rankings" and len(set(found["ranks"])) == 1:
-            reading.dropped["all responses tied"] += 1  # no pair to learn from (paper, 3.5: ties are dropped)
-            continue
-        identity = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).digest()
-        if identity in seen:
-            reading.dropped["repeated"] += 1
-            continue
-        seen.add(identity)
-        rows.append(found)
-        if len(rows) == source.limit:
-            break
-    reading.kept = len(rows)
-    if not rows and not reading.dropped["all responses tied"]:
-        raise UserError(f"{key}: nothing is left of {source.path}; dropped: {_counted(reading.dropped)}")
-    return rows, reading
-
-
-def cut(text: str, characters: int) -> str:
-    """The text's beginning, or with a negative number its end, in whole words."""
-    if len(text) <= abs(characters):
-        return text
-    if characters > 0:
-        kept, beyond = text[:characters], text[characters]
-        return kept.rstrip() if beyond.isspace() else re.sub(r"\s+\S*$", "", kept)
-    kept, beyond = text[characters:], text[characters - 1]
-    return kept.lstrip() if beyond.isspace() else re.sub(r"^\S*\s+", "", kept)
-
-
-def short_name(path: str) -> str:
-    """`hh` for `some/where/hh.jsonl.gz`; the name of a Hub data set without its owner."""
-    name = Path(path).name
-    for suffix in (".gz", *sources.ENDINGS):
-        name = name.removesuffix(suffix)
-    return name
-
-
-def split_rows(rows: dict[str, list[dict]], data: Data, seed: int) -> tuple[dict[str, list[dict]], int, dict[str, int]]:
-    """Tables by name (`demonstrations.train`, ...), and what fell away.
-
-    First how many prompts of `prompts.valid` and `.eval`, as training prompts; then how many rows of `demonstrations`
-    and `prompts.train`, as prompts of `rankings.valid` or `.judge`.
-    """
-    valid, judge = data.valid_share, data.judge_ranking_share
-    ranked_shares = {"valid": data.valid_ranking_share, "judge": judge}
-    rankings = _split(rows["rankings"], "prompt", ranked_shares, seed)
-    reserved = {normalized(row["prompt"]) for part in ("valid", "judge") for row in rankings[part]}
-    shown = _without(rows["demonstrations"], reserved)
-    demonstrations = _split_demonstrations(shown, rankings["train"], valid, seed)
-    fallen = {"demonstrations": len(rows["demonstrations"]) - len(shown), "prompts.train": 0}
-    trained_on = (demonstrations["train"], rankings["train"], rankings["judge"])
-    if rows["prompts"]:
-        shares = {"eval": valid * EVAL_SHARE, "valid": valid * (1 - EVAL_SHARE)}
-        prompts = _split(_unique(rows["prompts"]), "prompt", shares, seed)
-        allowed = _without(prompts["train"], reserved)
-        fallen["prompts.train"] = len(prompts["train"]) - len(allowed)
-        prompts["train"] = allowed
-        trained_on += (prompts["train"],)
-    else:
-        prompts = _split(_unique(rankings["valid"]), "prompt", {"valid": 1 - EVAL_SHARE}, f"{seed} prompts")
-        prompts = {"eval": prompts["train"], "valid": prompts["valid"], "train": _unique(rankings["train"])}
-    known = {normalized(row["prompt"]) for table in trained_on for row in table}
-    held_out = len(prompts["valid"]) + len(prompts["eval"])
-    for name in ("valid", "eval"):
-        kept = _without(prompts[name], known)
-        # By hash, so that the first so many (eval.num_prompts) are a sample of all sources.
-        prompts[name] = sorted(kept, key=lambda row: place(normalized(row["prompt"]), f"{seed} order"))
-    dropped = held_out - len(prompts["valid"]) - len(prompts["eval"])
-    text = _split(rows["text"], "text", {"valid": valid}, seed)
-    tables = {"demonstrations": demonstrations, "rankings": rankings, "prompts": prompts, "text": text}
-    named = {f"{table}.{part}": found for table, parts in tables.items() for part, found in parts.items()}
-    return named, dropped, fallen
-
-
-def _split_demonstrations(rows: list[dict], ranked: list[dict], share: float, seed: int | str) -> dict[str, list[dict]]:
-    """Demonstrations of prompts that also train the reward model are split by another hash than all other prompts.
-
-    By the same hash they would nearly all be in `train`: the beginning of the line is that of `rankings.valid`. The
-    others go by the hash of `prompts`, so that few prompts of `prompts.eval` are training demonstrations.
-    """
-    known = {normalized(row["prompt"]) for row in ranked}
-    apart = _without(rows, known)
-    both = [row for row in rows if normalized(row["prompt"]) in known]
-    parts = (
-        _split(apart, "prompt", {"valid": share}, seed),
-        _split(both, "prompt", {"valid": share}, f"{seed} demonstrations"),
-    )
-    return {name: parts[0][name] + parts[1][name] for name in ("train", "valid")}
-
-
-def _without(rows: list[dict], prompts: set[str]) -> list[dict]:
-    return [row for row in rows if normalized(row["prompt"]) not in prompts]
-
-
-def _split(rows: list[dict], column: str, shares: dict[str, float], seed: int | str) -> dict[str, list[dict]]:
-    part = split_texts({normalized(row[column]) for row in rows}, shares, seed)
-    tables: dict[str, list[dict]] = {name: [] for name in ("train", *shares)}
-    for row in rows:
-        tables[part[normalized(row[column])]].append(row)
-    return tables
-
-
-def split_texts(texts: Iterable[str], shares: dict[str, float], seed: int | str) -> dict[str, str]:
-    """Each text's part: one of `shares`, or `train` for the rest.
-
-    A text's hash is its place on [0, 1); the first share of that line is the first part, and so on. A part whose share
-    is not 0 gets at least one text as long as one stays for `train`: with ten rows and a share of .1, chance would
-    leave it empty every third time.
-    """
-    placed = sorted((place(text, seed), text) for text in texts)
-    part, names, start, bound = {}, list(shares), 0, 0.0
-    for index, name in enumerate(names):
-        bound += shares[name]
-        end = sum(where < bound for where, _ in placed)
-        if shares[name]:
-            end = max(end, start + 1)
-        kept_for_others = 1 + sum(shares[other] > 0 for other in names[index + 1 :])
-        end = max(start, min(end, len(placed) - kept_for_others))
-        part |= {text: name for _, text in placed[start:end]}
-        start = end
-    return {text: part.get(text, "train") for _, text in placed}
-
-
-def place(text: str, seed: int | str) -> float:
-    """The text's place on [0, 1), from its hash and the seed."""
-    digest = hashlib.sha256(f"{seed}\n{text}".encode(errors="surrogatepass")).digest()
-    return int.from_bytes(digest[:7]) / 2**56
-
-
-def normalized(text: str) -> str:
-    """The text without what does not make it another prompt: case and whitespace."""
-    return " ".join(text.split()).casefold()
-
-
-def _unique(rows: list[dict]) -> list[dict]:
-    """One row of PROMPTS for each prompt. Of several spellings the first by alphabet, whatever the order of rows."""
-    found: dict[str, dict] = {}
-    for row in rows:
-        same = normalized(row["prompt"])
-        if same not in found or row["prompt"] < found[same]["prompt"]:
-            found[same] = {name: row[name] for name in PROMPTS.names if name in row}
-    return list(found.values())
-
-
-def _is_blank(row: sources.Row, source: Source) -> bool:
-    column = source.columns.get("text", "text")
-    value = row.values.get(column) if isinstance(column, str) else None
-    return isinstance(value, str) and not value.strip()
-
-
-def _counted(dropped: Counter) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "nothing (there was no row)"
+def fallen(card: dict) -> int:
+    """Rows that were read and are in no table."""
+    dropped = sum(sum(source["dropped"].values()) for source in card.get("sources", {}).values())
+    return dropped + sum(sum(step.get("removed", {}).values()) for step in card.get("steps", ()))

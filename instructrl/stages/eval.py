@@ -39,6 +39,7 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
     progress.update(steps - 1, steps)
     metrics = measure(study, scores)
     write_table(folder / "samples.parquet", scores.rows(), SAMPLES)
+    study.contract.save(folder, tokenizer=False)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(report.markdown(metrics, report.shown(study, scores)), encoding="utf-8")
     progress.update(steps, steps)

@@ -15,8 +15,8 @@ from instructrl.config import Recipe
 from instructrl.errors import UserError
 from instructrl.stages import records, sources
 from instructrl.stages.answers import Answer, world_of
-from instructrl.stages.data import normalized
 from instructrl.stages.models import load_reward_model
+from instructrl.stages.pool import normalized
 from instructrl.stages.winrate import outcomes
 from instructrl.trainers.rollout import score_rewards
 from instructrl.world import Prompt
@@ -117,7 +117,7 @@ def read_labels(recipe: Recipe, prompts: Iterable[str] = ()) -> Labels:
     read, invalid = [], 0
     for row in sources.rows(source, key):
         try:
-            read.append(_read_label(records.record(row, "labels", source, key), models))
+            read += [_read_label(label, models) for label in records.record(row, "labels", source, key)]
         except records.Invalid as problem:
             if not source.skip_invalid:
                 raise records.invalid(row, problem, key) from None

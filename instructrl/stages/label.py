@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 from instructrl.config import Recipe
 from instructrl.progress import Progress
 from instructrl.stages import models, preferences
+from instructrl.stages.contract import Contract
 from instructrl.stages.parallel import forked
 from instructrl.stages.tables import RANKINGS, read_table, write_table
-from instructrl.stages.template import Template
 from instructrl.stages.winrate import Interval
 from instructrl.trainers.rollout import generate
 from instructrl.world import Prompt, World, labelers, make_world, ranks
@@ -31,7 +31,7 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
         of labelers with each other, held_out_agreement with held-out ones, gold_agreement with the gold preference.
     """
     policy = models.load_policy(inputs["sft"] / "model", recipe)
-    template = Template.load(inputs["sft"] / "model")
+    contract = Contract.load(inputs["sft"] / "model")
     world = make_world(recipe.data.world, recipe.seed)
     panel = Panel(recipe)
     tables = {split: read_table(inputs["data"] / f"{table}.parquet") for split, table in TABLES.items()}
@@ -41,7 +41,7 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
     def answer(start: int) -> list[Answers]:
         generator = torch.Generator().manual_seed(recipe.seed * len(prompts) + start)
         texts = [prompt["prompt"] for prompt in prompts[start : start + CHUNK]]
-        found = sample(policy, template, texts, recipe, generator)
+        found = sample(policy, contract, texts, recipe, generator)
         progress.update(start + len(texts), len(prompts))
         return found
 
@@ -88,13 +88,13 @@ class Panel:
 
 
 def sample(
-    policy: PreTrainedModel, template: Template, prompts: list[str], recipe: Recipe, generator: torch.Generator
+    policy: PreTrainedModel, contract: Contract, prompts: list[str], recipe: Recipe, generator: torch.Generator
 ) -> list[Answers]:
     """K answers of the policy to each prompt; an answer that comes again is shown once."""
-    k, tokenizer = recipe.label.responses_per_prompt, template.tokenizer
+    k, tokenizer = recipe.label.responses_per_prompt, contract.tokenizer
     completions = generate(
         policy,
-        [template.prompt(text) for text in prompts for _ in range(k)],
+        [contract.prompt(text) for text in prompts for _ in range(k)],
         max_new_tokens=recipe.label.response_length,
         temperature=recipe.label.temperature,
         eos_token_id=tokenizer.eos_token_id,
@@ -102,7 +102,7 @@ def sample(
         generator=generator,
         batch_size=recipe.runtime.generation_batch_size,
     )
-    answers = [(template.decode(one.ids), one.ids[-1] == tokenizer.eos_token_id) for one in completions]
+    answers = [(contract.decode(one.ids), one.ids[-1] == tokenizer.eos_token_id) for one in completions]
     return [list(dict(answers[start : start + k]).items()) for start in range(0, len(answers), k)]
 
 

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -17,9 +19,7 @@ from transformers import (
 
 from instructrl.config import Recipe
 from instructrl.errors import UserError
-from instructrl.stages.template import Template
-
-PAD = "<|pad|>"
+from instructrl.stages.contract import FILE, Contract
 
 
 def device(recipe: Recipe) -> torch.device:
@@ -44,6 +44,15 @@ def load_tokenizer(path: Path | str, recipe: Recipe) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: the tokenizer has no EOS token, which ends every response.")
     return tokenizer
+
+
+def load_context(path: Path | str, recipe: Recipe) -> int | None:
+    """The most tokens that the model of a folder or Hub id reads, without its weights; None: any number.
+
+    Raises:
+        UserError: nothing usable is there.
+    """
+    return getattr(_from(AutoConfig, path, recipe), "max_position_embeddings", None)
 
 
 def load_policy(path: Path | str, recipe: Recipe) -> PreTrainedModel:
@@ -72,29 +81,67 @@ def init_reward_model(path: Path | str, recipe: Recipe) -> PreTrainedModel:
     return model
 
 
-def ensure_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give both a pad token of its own: with pad = EOS the reward model would read the token before EOS, and with
-    pad = UNK a text with an unknown character would have probability 0, as pad has.
+def contract_of(path: Path | str, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Contract:
+    """The text contract that the recipe asks for, on the tokenizer of the base model at `path`.
 
-    Adds `<|pad|>` and its row in the embedding if needed. Called in `sft` and `ppo_init`, which so
-    have the same; every later stage inherits it.
+    Raises:
+        UserError: as `Contract.of`; or the base model is one that was made here, under another contract.
     """
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id, tokenizer.unk_token_id):
-        tokenizer.add_special_tokens({"pad_token": PAD})
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer))
-    model.config.pad_token_id = tokenizer.pad_token_id
-    if model.generation_config is not None:
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    contract = Contract.of(tokenizer, recipe)
+    if (Path(path).expanduser() / FILE).is_file():
+        remedy = f"Ask for the same here, or delete {FILE} there to train the model anew under this one."
+        contract.check(Path(path).expanduser(), f"model.path={path}", "this recipe", remedy)
+    return contract
 
 
-def save(model: PreTrainedModel, template: Template, folder: Path) -> None:
-    """Write weights (safetensors), config, tokenizer and template: a folder that the stock Auto classes load."""
+def fit(model: PreTrainedModel, contract: Contract) -> None:
+    """Give the model a row for each of the contract's tokens, and its padding and end. Called in `sft` and `ppo_init`,
+    which so have the same; every later stage inherits it."""
+    make_room(model, contract.tokenizer)
+    pad, end = contract.tokenizer.pad_token_id, contract.tokenizer.eos_token_id
+    for config in filter(None, (model.config, model.generation_config)):
+        known = config.eos_token_id
+        ends = known if isinstance(known, list) else [] if known is None else [known]
+        if end not in ends:  # what ended a document still ends an answer of `generate`
+            config.eos_token_id = [end, *ends] if ends and config is model.generation_config else end
+        config.pad_token_id = pad
+
+
+@torch.no_grad()
+def make_room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Add rows to the embeddings until every token of the tokenizer has one: the mean of the others.
+
+    It is the same every time, which transformers' `mean_resizing`, a draw around the mean, is not; and a random row
+    could make a new token likely at once (https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) <= rows:
+        return
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
+        for weight in filter(lambda found: found is not None, (layer.weight, getattr(layer, "bias", None))):
+            weight[rows:] = weight[:rows].float().mean(0).to(weight.dtype)
+    print(f"The embeddings grew from {rows} to {len(tokenizer)} rows, as the tokenizer has tokens.", flush=True)
+
+
+def save(model: PreTrainedModel, contract: Contract, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write weights (safetensors), config, tokenizer and contract: a folder that the stock Auto classes load.
+
+    weights: in place of the model's own.
+    """
+    save_base(model, contract.tokenizer, folder, weights)
+    contract.save(folder, tokenizer=False)
+
+
+def save_base(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: dict[str, Tensor] | None = None
+) -> None:
+    """The same without a contract, which only a model that answers prompts has."""
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = True  # Trainer switches it off, and a policy that samples without it is slow
-    model.save_pretrained(folder)
-    template.save(folder)
+    model.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
 
 
 def _model(kind: Any, path: Path | str, recipe: Recipe, **options: Any) -> PreTrainedModel:

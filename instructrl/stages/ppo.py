@@ -2,14 +2,16 @@
 
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 
 from instructrl.config import PPO, Recipe
 from instructrl.errors import UserError
 from instructrl.stages.checkpoints import FOLDER, train
+from instructrl.stages.contract import Contract
+from instructrl.stages.lora import adapted, merged_weights
 from instructrl.stages.models import device, load_policy, load_reward_model, save
 from instructrl.stages.tables import read_table
-from instructrl.stages.template import Template
+from instructrl.trainers.actor_critic import network
 from instructrl.trainers.ema import EMA
 from instructrl.trainers.ppo import PPOConfig, PPOTrainer
 
@@ -44,33 +46,36 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
     policy = load_policy(inputs[section.init] / "model", recipe)
     reward_model, bias = load_reward_model(inputs["reward_model"] / "model", recipe)
     critic, _ = load_reward_model(inputs["reward_model"] / "model", recipe)
-    template = Template.load(inputs[section.init] / "model")
-    prompts, dropped = read_prompts(name, recipe, inputs["data"], template, policy)
+    contract = Contract.load(inputs[section.init] / "model")
+    contract.check(inputs["reward_model"] / "model", "reward_model", section.init)  # the critic's, too
+    prompts, dropped = read_prompts(name, recipe, inputs["data"], contract, policy)
     held_out: dict[str, dict] = {}
     if section.backend == "trl":
         from instructrl.stages import trl_ppo
 
         ema = EMA(policy, section.ema_decay, every=1) if section.ema_decay else None
         models = (policy, critic, reward_model)
-        log = trl_ppo.train(name, recipe, folder, template.tokenizer, *models, bias, prompts, [ema] if ema else [])
+        log = trl_ppo.train(name, recipe, folder, contract.tokenizer, *models, bias, prompts, [ema] if ema else [])
     else:
+        set_seed(recipe.seed)  # adapters are drawn
+        policy, critic = adapted(policy, recipe), adapted(critic, recipe)
         trainer = PPOTrainer(
             args=arguments(recipe, section, bias, folder / FOLDER),
-            processing_class=template.tokenizer,
+            processing_class=contract.tokenizer,
             model=policy,
             value_model=critic,
             reward_model=reward_model,
             train_dataset=prompts,
-            ptx_dataset=read_documents(name, section, inputs["data"], template) if section.ptx_coef else None,
+            ptx_dataset=read_documents(name, section, inputs["data"], contract) if section.ptx_coef else None,
         )
         train(trainer, folder, recipe.runtime.save_minutes)
         ema, log = trainer.ema, [line for line in trainer.state.log_history if FINAL["kl"] in line]
-        held_out = evaluated(trainer, read_held_out(name, recipe, inputs["data"], template, policy))
-    save(policy, template, folder / "model")
-    critic.save_pretrained(folder / "critic")
+        held_out = evaluated(trainer, read_held_out(name, recipe, inputs["data"], contract, network(policy)))
+    save(network(policy), contract, folder / "model", merged_weights(policy))
+    save(network(critic), contract, folder / "critic", merged_weights(critic))
     if ema:
         with ema.applied():
-            save(policy, template, folder / "ema")
+            save(network(policy), contract, folder / "ema", merged_weights(policy))
 
     last = log[-max(1, round(LAST * len(log))) :]
     return {
@@ -108,6 +113,7 @@ def arguments(recipe: Recipe, section: PPO, reward_bias: float, checkpoints: Pat
         completions_dir=str(checkpoints.parent / "completions"),
         max_tokens=recipe.runtime.max_tokens,
         generation_batch_size=recipe.runtime.generation_batch_size,
+        bf16=recipe.runtime.bf16,
         activation_checkpointing=recipe.runtime.gradient_checkpointing,
         seed=recipe.seed,
         use_cpu=where.type == "cpu",
@@ -121,7 +127,7 @@ def arguments(recipe: Recipe, section: PPO, reward_bias: float, checkpoints: Pat
 
 
 def read_prompts(
-    name: str, recipe: Recipe, data: Path, template: Template, policy: PreTrainedModel
+    name: str, recipe: Recipe, data: Path, contract: Contract, policy: PreTrainedModel
 ) -> tuple[list[dict], int]:
     """The prompts whose response fits into the model's context, as rows with `prompt_ids`, and how many do not.
 
@@ -130,7 +136,7 @@ def read_prompts(
     """
     every = read_table(data / "prompts.train.parquet")
     response_length, longest = getattr(recipe, name).response_length, longest_prompt(name, recipe, policy)
-    rows = short_enough(every, template, longest)
+    rows = short_enough(every, contract, longest)
     if not rows:
         raise UserError(
             f"{name} has no prompt left: all {len(every)} have more than {longest} tokens, which is what "
@@ -140,14 +146,14 @@ def read_prompts(
     return rows, len(every) - len(rows)
 
 
-def read_held_out(name: str, recipe: Recipe, data: Path, template: Template, policy: PreTrainedModel) -> list[dict]:
+def read_held_out(name: str, recipe: Recipe, data: Path, contract: Contract, policy: PreTrainedModel) -> list[dict]:
     """Validation prompts, in the same form."""
-    rows = short_enough(read_table(data / "prompts.valid.parquet"), template, longest_prompt(name, recipe, policy))
+    rows = short_enough(read_table(data / "prompts.valid.parquet"), contract, longest_prompt(name, recipe, policy))
     return rows[:HELD_OUT]
 
 
-def short_enough(rows: list[dict], template: Template, longest: int) -> list[dict]:
-    encoded = (template.prompt(row["prompt"]) for row in rows)
+def short_enough(rows: list[dict], contract: Contract, longest: int) -> list[dict]:
+    encoded = (contract.prompt(row["prompt"]) for row in rows)
     return [{"prompt_ids": ids} for ids in encoded if len(ids) <= longest]
 
 
@@ -171,7 +177,7 @@ def evaluated(trainer: PPOTrainer, prompts: list[dict]) -> dict[str, dict]:
     return {name: {key: found[prefix + FINAL[key]] for key in keys} for name, prefix in names.items()}
 
 
-def read_documents(name: str, section: PPO, data: Path, template: Template) -> list[dict]:
+def read_documents(name: str, section: PPO, data: Path, contract: Contract) -> list[dict]:
     """Pretraining examples as rows with `input_ids`, cut at `ptx_max_length`.
 
     Raises:
@@ -180,4 +186,4 @@ def read_documents(name: str, section: PPO, data: Path, template: Template) -> l
     texts = [row["text"] for row in read_table(data / "text.train.parquet")]
     if not texts:
         raise UserError(f"{name} has no pretraining text: set data.text, or {name}.ptx_coef=0.")
-    return [{"input_ids": template.document(text)[: section.ptx_max_length]} for text in texts]
+    return [{"input_ids": contract.document(text)[: section.ptx_max_length]} for text in texts]

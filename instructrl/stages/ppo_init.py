@@ -13,8 +13,8 @@ from instructrl.config import Recipe
 from instructrl.errors import UserError
 from instructrl.stages import benchmarks, models, sft
 from instructrl.stages.arguments import check_trainer
+from instructrl.stages.contract import Contract, Limits
 from instructrl.stages.tables import read_table
-from instructrl.stages.template import Limits, Template
 
 HELD_OUT = 500  # documents of each kind, enough to measure their loss to a hundredth
 
@@ -39,7 +39,7 @@ def check(recipe: Recipe) -> None:
     check_trainer(SFTConfig, recipe, "ppo_init")
 
 
-def draw_documents(recipe: Recipe, data: Path, template: Template, limits: Limits, demonstrations: int) -> list[dict]:
+def draw_documents(recipe: Recipe, data: Path, contract: Contract, limits: Limits, demonstrations: int) -> list[dict]:
     """So many documents that they are `pretraining_share` of all rows, drawn by the seed; every one before any twice.
 
     A row has the columns of `sft.encode`. All tokens count but the first, which nothing predicts.
@@ -59,16 +59,21 @@ def draw_documents(recipe: Recipe, data: Path, template: Template, limits: Limit
     while len(order) < count:
         order += chance.sample(texts, len(texts))
     cut = min(section.ptx_max_length, limits.both)
-    every = [template.document(text)[:cut] for text in order[:count]]
-    return [{"input_ids": ids, "completion_mask": [0] + [1] * (len(ids) - 1)} for ids in every]
+    return [document_row(contract, text, cut) for text in order[:count]]
+
+
+def document_row(contract: Contract, text: str, cut: int) -> dict[str, list[int]]:
+    """A document of at most `cut` tokens as a row like those of `sft.encode`."""
+    ids = contract.document(text)[:cut]
+    return {"input_ids": ids, "completion_mask": [0] + [1] * (len(ids) - 1)}
 
 
 def text_loss(recipe: Recipe, data: Path, model: Path) -> float | None:
     """Nats a token of held-out text; None without any."""
-    policy, template = models.load_policy(model, recipe), Template.load(model)
+    policy, contract = models.load_policy(model, recipe), Contract.load(model)
     cut = min(recipe.ppo_init.ptx_max_length, Limits.of(recipe, policy).both)
-    documents = [template.document(row["text"])[:cut] for row in benchmarks.held_out_text(data, HELD_OUT)]
-    pad = template.tokenizer.pad_token_id
+    documents = [contract.document(row["text"])[:cut] for row in benchmarks.held_out_text(data, HELD_OUT)]
+    pad = contract.tokenizer.pad_token_id
     found = benchmarks.text_losses(policy, documents, pad, recipe.runtime.max_tokens)
     tokens = sum(count for _, count in found)
     return sum(loss for loss, _ in found) / tokens if tokens else None

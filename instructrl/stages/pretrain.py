@@ -20,9 +20,9 @@ from transformers import (
 from instructrl.config import Pretrain, Recipe
 from instructrl.errors import UserError
 from instructrl.stages.checkpoints import FOLDER, train
-from instructrl.stages.models import PAD, device, save
+from instructrl.stages.contract import PAD, Contract
+from instructrl.stages.models import device, save_base
 from instructrl.stages.tables import read_table
-from instructrl.stages.template import Template
 from instructrl.trainers.muon import MuonAdamW, parameter_groups
 
 END = "<|endoftext|>"  # begins and ends every document
@@ -46,11 +46,11 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
         raise UserError("pretrain has no text: set data.text, or data.world.")
     held_out = [row["text"] for row in read_table(inputs["data"] / "text.valid.parquet")]
 
-    template = Template(make_tokenizer(texts, settings.vocab_size), recipe.model.template)
+    contract = Contract(make_tokenizer(texts, settings.vocab_size))
     set_seed(recipe.seed)
-    model = make_model(settings, template.tokenizer)
-    documents = [piece for text in texts for piece in pieces(template.document(text), settings.context_length)]
-    batches = Batches(documents, settings.tokens_per_step, settings.steps, recipe.seed, template.tokenizer.pad_token_id)
+    model = make_model(settings, contract.tokenizer)
+    documents = [piece for text in texts for piece in pieces(contract.document(text), settings.context_length)]
+    batches = Batches(documents, settings.tokens_per_step, settings.steps, recipe.seed, contract.tokenizer.pad_token_id)
     trainer = LanguageModelTrainer(
         model=model,
         args=arguments(recipe, folder / FOLDER),
@@ -66,12 +66,12 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
         ),
     )
     train_loss = train(trainer, folder, recipe.runtime.save_minutes)
-    save(model, template, folder / "model")
+    save_base(model, contract.tokenizer, folder / "model")
     return {
         "parameters": model.num_parameters(),
         "tokens": batches.tokens,
         "train_loss": train_loss,
-        "valid_loss": mean_loss(model, [template.document(text)[: settings.context_length] for text in held_out]),
+        "valid_loss": mean_loss(model, [contract.document(text)[: settings.context_length] for text in held_out]),
     }
 
 

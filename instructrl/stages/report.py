@@ -1,13 +1,14 @@
 """`report.md` and the five-model table, from the numbers of `metrics.json`. Nothing is computed here."""
 
 import re
-import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from instructrl.display import printable
 from instructrl.stages.claims import FAILS, HOLDS, UNDECIDED
 from instructrl.stages.judging import BASELINE, BEST, NAMES
+from instructrl.stages.markup import cell, code, fenced, grid
 
 if TYPE_CHECKING:
     from instructrl.stages.scores import Scores
@@ -142,6 +143,7 @@ def markdown(metrics: dict, shown: list[dict]) -> str:
         "## Win rates",
         grid(metrics["table"]["columns"], metrics["table"]["rows"], escaped=True),
         win_rate_notes(metrics),
+        *use_case_section(metrics),
         "## The paper's claims on this run",
         claim_table(metrics["claims"]) if metrics["claims"] else verdicts([]),
         "A claim holds if its 95 % interval is on the claimed side of the border, does not hold if it is on the other, "
@@ -186,6 +188,14 @@ def win_rate_notes(metrics: dict) -> str:
         )
     ended = ", ".join(f"{found['name']} {found['ended'][0]:.2f}" for found in metrics["models"].values())
     return "\n\n".join([*notes, f"Share of answers that ended by themselves: {ended}."])
+
+
+def use_case_section(metrics: dict) -> list[str]:
+    """The win rates by use case, if the prompts have any."""
+    found = metrics["use_case_table"]
+    if not found:
+        return []
+    return ["## Win rates by use case", grid(found["columns"], found["rows"]), *found["notes"]]
 
 
 def policy_notes(metrics: dict) -> list[str]:
@@ -323,46 +333,9 @@ def making(metrics: dict) -> str:
     )
 
 
-# ---- what text may do to a page: nothing
-
-
-def grid(columns: Sequence[str], rows: Iterable[Sequence[str]], escaped: bool = False) -> str:
-    """A Markdown table. Cells are escaped here unless they are `escaped` already."""
-    made = [list(row) if escaped else [cell(text) for text in row] for row in rows]
-    head = f"| {' | '.join(columns)} |"
-    return "\n".join([head, "|" + " --- |" * len(columns), *(f"| {' | '.join(row)} |" for row in made)])
-
-
-def cell(text: str) -> str:
-    """Text that Markdown shows as it is, on one line of a table: no markup, no HTML."""
-    safe = re.sub(r"&(?=#?\w+;)", "&amp;", re.sub(r"\s", " ", printable(text)))
-    safe = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", safe)  # any other < is text (CommonMark, 6.6)
-    return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", safe)
-
-
-def code(text: str) -> str:
-    """Text for between two backticks."""
-    return printable(text).replace("`", "'").replace("\n", " ").replace("|", "/")
-
-
-def fenced(text: str) -> str:
-    """A code block whose fence is longer than any run of backticks inside: nothing in it is markup."""
-    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 3)
-    return f"{fence}text\n{text}\n{fence}"
-
-
 def indented(text: str) -> list[str]:
     cut = text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]} ... ({len(text)} characters)"
     return [f"    {line}" for line in printable(cut).split("\n")]
-
-
-def printable(text: str) -> str:
-    """Control, direction and other invisible characters as escapes, so that they cannot change what surrounds them."""
-    shown = []
-    for letter in text.replace("\r\n", "\n"):
-        hidden = unicodedata.category(letter) in ("Cc", "Cf", "Co", "Cs", "Zl", "Zp") and letter not in "\n\t"
-        shown.append(f"\\u{ord(letter):04x}" if hidden else letter)
-    return "".join(shown)
 
 
 def shown(study: "Study", scores: "Scores") -> list[dict]:

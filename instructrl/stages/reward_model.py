@@ -13,11 +13,11 @@ from trl import RewardConfig
 
 from instructrl.config import Recipe
 from instructrl.errors import UserError
-from instructrl.stages import models, preferences
+from instructrl.stages import lora, models, preferences
 from instructrl.stages.arguments import check_trainer, counted, optimizer, trainer_arguments
 from instructrl.stages.checkpoints import FOLDER, train
+from instructrl.stages.contract import Contract, Limits
 from instructrl.stages.tables import read_table
-from instructrl.stages.template import Limits, Template
 from instructrl.stages.winrate import Interval
 from instructrl.trainers.ranking import KWiseRewardTrainer, has_pair, score
 
@@ -36,7 +36,7 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
     """
     disable_progress_bars()
     sft = inputs["sft"] / "model"
-    template = Template.load(sft)
+    contract = Contract.load(sft)
     # The judge is another model: with the same head and order it would share the reward model's errors.
     seed = recipe.seed + JUDGE_SEED if name == "judge" else recipe.seed
     set_seed(seed)
@@ -44,28 +44,29 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
     limits, dropped, unmeasured = Limits.of(recipe, model), Counter(), Counter()
     source = inputs.get("label", inputs["data"])
     train_table = "judge" if name == "judge" else "train"
-    rows = encode(read_table(source / f"rankings.{train_table}.parquet"), template, limits, dropped)
-    held_out = encode(read_table(source / "rankings.valid.parquet"), template, limits, unmeasured)
+    rows = encode(read_table(source / f"rankings.{train_table}.parquet"), contract, limits, dropped)
+    held_out = encode(read_table(source / "rankings.valid.parquet"), contract, limits, unmeasured)
     if not rows or not held_out:
         what, why = ("train on", dropped) if not rows else ("measure it with", unmeasured)
         raise UserError(f"{name} has no ranking with an untied pair left to {what}; dropped: {counted(why)}.")
 
     arguments = trainer_arguments(RewardConfig, recipe, "reward_model", folder / FOLDER)
     arguments.seed = seed
+    trained = lora.adapted(model, recipe)  # puts the adapter into `model`, which so stays the network to read and save
     trainer = KWiseRewardTrainer(
-        model=model,
+        model=trained,
         args=arguments,
         train_dataset=Dataset.from_list([{key: row[key] for key in ("completion_ids", "ranks")} for row in rows]),
-        processing_class=template.tokenizer,
+        processing_class=contract.tokenizer,
         optimizers=(optimizer(model, recipe.reward_model), None),
     )
     train_loss = train(trainer, folder, recipe.runtime.save_minutes)
-    bias = demonstrations_mean(model, inputs["data"], template, limits, recipe)
+    bias = demonstrations_mean(model, inputs["data"], contract, limits, recipe)
     model.config.reward_bias = bias
-    models.save(model, template, folder / "model")
+    models.save(model, contract, folder / "model", lora.merged_weights(trained))
     metrics = {"rankings": len(rows), "dropped": dict(dropped), "steps": trainer.state.global_step}
     metrics |= {"train_loss": train_loss, "reward_bias": bias}
-    return metrics | measure(model, template, rows, held_out, recipe)
+    return metrics | measure(model, contract, rows, held_out, recipe)
 
 
 def check(recipe: Recipe) -> None:
@@ -73,13 +74,13 @@ def check(recipe: Recipe) -> None:
     check_trainer(RewardConfig, recipe, "reward_model")
 
 
-def encode(rankings: list[dict], template: Template, limits: Limits, dropped: Counter) -> list[dict]:
+def encode(rankings: list[dict], contract: Contract, limits: Limits, dropped: Counter) -> list[dict]:
     """Rankings with `completion_ids`: prompt and response of each. Over-long responses, and rankings that have no pair
     left, are counted in `dropped`."""
     rows = []
     for ranking in rankings:
-        prompt = template.prompt(ranking["prompt"])
-        responses = [template.response(text) for text in ranking["responses"]]
+        prompt = contract.prompt(ranking["prompt"])
+        responses = [contract.response(text) for text in ranking["responses"]]
         problems = [limits.problem(prompt, response) for response in responses]
         for problem in filter(None, problems):
             dropped[f"responses {problem}"] += 1
@@ -97,18 +98,18 @@ def encode(rankings: list[dict], template: Template, limits: Limits, dropped: Co
 
 
 def demonstrations_mean(
-    model: PreTrainedModel, data: Path, template: Template, limits: Limits, recipe: Recipe
+    model: PreTrainedModel, data: Path, contract: Contract, limits: Limits, recipe: Recipe
 ) -> float:
     """The mean score of demonstrations; 0 if all are too long."""
     rows = read_table(data / "demonstrations.train.parquet")
     every = max(1, len(rows) // BIAS_DEMONSTRATIONS)
-    encoded = [(template.prompt(row["prompt"]), template.response(row["response"])) for row in rows[::every]]
+    encoded = [(contract.prompt(row["prompt"]), contract.response(row["response"])) for row in rows[::every]]
     sequences = [prompt + response for prompt, response in encoded if limits.problem(prompt, response) is None]
-    scores = score(model, sequences, template.tokenizer.pad_token_id, recipe.runtime.max_tokens)
+    scores = score(model, sequences, contract.tokenizer.pad_token_id, recipe.runtime.max_tokens)
     return sum(scores) / len(scores) if scores else 0.0
 
 
-def measure(model: PreTrainedModel, template: Template, rows: list[dict], held_out: list[dict], recipe: Recipe) -> dict:
+def measure(model: PreTrainedModel, contract: Contract, rows: list[dict], held_out: list[dict], recipe: Recipe) -> dict:
     """How the scores agree with held-out rankings.
 
     Returns:
@@ -118,7 +119,7 @@ def measure(model: PreTrainedModel, template: Template, rows: list[dict], held_o
         world's truth), each null where the data has none; by_source.
     """
     flat = [ids for row in held_out for ids in row["completion_ids"]]
-    scores = iter(score(model, flat, template.tokenizer.pad_token_id, recipe.runtime.max_tokens))
+    scores = iter(score(model, flat, contract.tokenizer.pad_token_id, recipe.runtime.max_tokens))
     for row in held_out:
         row["scores"] = [next(scores) for _ in row["ranks"]]
     sources = sorted({row["source"] for row in held_out})

@@ -9,16 +9,17 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset, disable_progress_bars
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from instructrl.config import SFT, Recipe
 from instructrl.errors import UserError
-from instructrl.stages import models
+from instructrl.stages import lora, models
 from instructrl.stages.arguments import check_trainer, counted, optimizer, trainer_arguments
 from instructrl.stages.checkpoints import FOLDER, train
+from instructrl.stages.contract import Contract, Limits
 from instructrl.stages.tables import read_table
-from instructrl.stages.template import Limits, Template
+from instructrl.trainers.actor_critic import network
 from instructrl.trainers.rollout import length_batches
 from instructrl.trainers.sampler import LengthBuckets
 
@@ -28,8 +29,8 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
     return fine_tune(name, recipe, inputs, folder)
 
 
-Draw = Callable[[Template, Limits, int], list[dict]]
-"""(template, limits, number of demonstrations) -> pretraining documents, as rows like those of `encode`."""
+Draw = Callable[[Contract, Limits, int], list[dict]]
+"""(contract, limits, number of demonstrations) -> pretraining documents, as rows like those of `encode`."""
 
 
 def fine_tune(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path, draw: Draw | None = None) -> dict:
@@ -39,8 +40,8 @@ def fine_tune(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path, 
         draw: the documents to mix in among the demonstrations.
 
     Returns:
-        demonstrations, documents (if `draw`), dropped (reason -> rows), steps, train_loss; valid_loss and
-        valid_accuracy (of the next token) where there are held-out demonstrations.
+        demonstrations, documents (if `draw`), dropped (reason -> rows), contract (as it tells of itself), steps,
+        train_loss; valid_loss and valid_accuracy (of the next token) where there are held-out demonstrations.
 
     Raises:
         UserError: the model cannot be loaded, a response is empty, or no demonstration is short enough.
@@ -50,14 +51,16 @@ def fine_tune(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path, 
     path = inputs["pretrain"] / "model" if "pretrain" in inputs else recipe.model.path
     tokenizer = models.load_tokenizer(path, recipe)
     model = models.load_policy(path, recipe)
-    models.ensure_pad(model, tokenizer)
-    template = Template(tokenizer, recipe.model.template)
-    limits = Limits.of(recipe, model)
-    rows, dropped = encode(inputs["data"] / "demonstrations.train.parquet", template, limits)
-    held_out, _ = encode(inputs["data"] / "demonstrations.valid.parquet", template, limits)
+    contract = models.contract_of(path, tokenizer, recipe)
+    models.fit(model, contract)
+    set_seed(recipe.seed)  # an adapter is drawn
+    model = lora.adapted(model, recipe)
+    limits = Limits.of(recipe, network(model))
+    rows, dropped = encode(inputs["data"] / "demonstrations.train.parquet", contract, limits)
+    held_out, _ = encode(inputs["data"] / "demonstrations.valid.parquet", contract, limits)
     if not rows:
         raise UserError(f"{name} has no demonstration left; dropped: {counted(dropped)}.")
-    documents = draw(template, limits, len(rows)) if draw else []
+    documents = draw(contract, limits, len(rows)) if draw else []
 
     trainer = FastSFTTrainer(
         model=model,
@@ -67,19 +70,20 @@ def fine_tune(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path, 
         processing_class=tokenizer,
         optimizers=(optimizer(model, section), None),
     )
-    with residual_dropout(model, section.residual_dropout, name):
+    with residual_dropout(network(model), section.residual_dropout, name):
         train_loss = train(trainer, folder, recipe.runtime.save_minutes)
     metrics = {
         "demonstrations": len(rows),
         **({"documents": len(documents)} if draw else {}),
         "dropped": dict(dropped),
+        "contract": contract.told(),
         "steps": trainer.state.global_step,
         "train_loss": train_loss,
     }
     if held_out:
         result = trainer.evaluate()
         metrics |= {"valid_loss": result["eval_loss"], "valid_accuracy": result["eval_mean_token_accuracy"]}
-    models.save(model, template, folder / "model")
+    models.save(network(model), contract, folder / "model", lora.merged_weights(model))
     return metrics
 
 
@@ -95,7 +99,7 @@ def arguments(recipe: Recipe, checkpoints: Path, name: str = "sft") -> SFTConfig
     return arguments
 
 
-def encode(path: Path, template: Template, limits: Limits) -> tuple[list[dict], Counter]:
+def encode(path: Path, contract: Contract, limits: Limits) -> tuple[list[dict], Counter]:
     """(rows for TRL, why the others were dropped).
 
     A row is `input_ids`, prompt and response joined, and `completion_mask`, 1 on the response's tokens, EOS included.
@@ -107,13 +111,23 @@ def encode(path: Path, template: Template, limits: Limits) -> tuple[list[dict], 
     for number, row in enumerate(read_table(path), 1):
         if not row["response"].strip():
             raise UserError(f"demonstration {number} has an empty response; its prompt is {row['prompt'][:60]!r}.")
-        prompt, response = template.prompt(row["prompt"]), template.response(row["response"])
+        prompt, response = contract.prompt(row["prompt"]), contract.response(row["response"])
         problem = limits.problem(prompt, response)
         if problem:
             dropped[problem] += 1
         else:
-            rows.append({"input_ids": prompt + response, "completion_mask": [0] * len(prompt) + [1] * len(response)})
+            rows.append(joined(prompt, response))
     return rows, dropped
+
+
+def joined(prompt: list[int], response: list[int]) -> dict[str, list[int]]:
+    """The row that TRL trains on: `input_ids`, and `completion_mask`, 1 on the response's tokens."""
+    return {"input_ids": prompt + response, "completion_mask": [0] * len(prompt) + [1] * len(response)}
+
+
+def trained_on(row: dict[str, list[int]], completion_only: bool) -> list[int]:
+    """Which tokens of a row TRL's loss counts, 1 or 0 each. Nothing predicts the first."""
+    return [0, *(row["completion_mask"][1:] if completion_only else [1] * (len(row["input_ids"]) - 1))]
 
 
 class FastSFTTrainer(SFTTrainer):
@@ -139,8 +153,9 @@ class FastSFTTrainer(SFTTrainer):
         plain = plain and "attention_mask" in inputs and not self.args.bf16  # packed rows have no mask
         if return_outputs or not plain or model.device.type != "cpu" or self.label_smoother is not None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        hidden, targets = labelled(model, inputs, self.max_tokens)
-        logprobs = model.get_output_embeddings()(hidden).float().log_softmax(-1)  # [tokens, vocabulary]
+        inner = network(model)
+        hidden, targets = labelled(inner, inputs, self.max_tokens)
+        logprobs = inner.get_output_embeddings()(hidden).float().log_softmax(-1)  # [tokens, vocabulary]
         self._count(logprobs.detach(), targets, inputs["attention_mask"])
         tokens = len(targets) if num_items_in_batch is None else num_items_in_batch
         return F.nll_loss(logprobs, targets, reduction="sum") / max(int(tokens), 1)

@@ -1,44 +1,19 @@
-"""Reading rows from local files, folders and the Hub, without a cache and without unpickling anything.
+"""Where a recipe's rows come from: local files, folders and the Hub, without a cache and without unpickling anything.
 
-Every row comes with where it stands (file and line), so that an error can point at it. This module imports neither
-torch nor datasets before it needs them: `check` runs while a recipe is planned.
+This module imports neither torch nor datasets before it needs them: `check` runs while a recipe is planned.
 """
 
-import csv
-import gzip
-import json
-import os
-import sys
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import IO
 
+from instructrl.columns import nearest
 from instructrl.config import Data, Recipe, Source
 from instructrl.errors import UserError
+from instructrl.stages import hub, trees
+from instructrl.stages.readers import ENDINGS, Row, ending, read_file
 
-ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 KINDS = ("demonstrations", "rankings", "prompts", "text")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One raw row: the source's own columns, and where it stands, for error messages."""
-
-    values: dict[str, object]
-    where: str
-
-
-def ending(path: Path) -> str:
-    """`.jsonl` for both `a.jsonl` and `a.jsonl.gz`; "" for an ending we do not read."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] == ".gz":
-        suffixes.pop()
-    return suffixes[-1] if suffixes and suffixes[-1] in ENDINGS else ""
 
 
 def is_local(path: str) -> bool:
@@ -53,6 +28,8 @@ def files(source: Source, key: str) -> list[Path]:
     path = Path(source.path).expanduser()
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.is_file() and ending(file) and file.name[0] != ".")
+        if source.files:
+            found = [_named(path, name, found, key) for name in source.files]
         if not found:
             raise UserError(
                 f"{key}.path: the folder {source.path} holds no {_listed(ENDINGS)} file (each may end in .gz)"
@@ -82,12 +59,27 @@ def check(recipe: Recipe) -> None:
 
     if not recipe.data.world:
         _check_kinds(recipe)
+        _check_extras(recipe)
     for kind, key, source in named_sources(recipe.data):
         for row in islice(rows(source, key), 1) if files(source, key) else ():
             records.check_columns(row, kind, source, key)
     if recipe.eval.labels and files(recipe.eval.labels, "eval.labels"):
         for row in islice(rows(recipe.eval.labels, "eval.labels"), 1):
             records.check_columns(row, "labels", recipe.eval.labels, "eval.labels")
+
+
+def _check_extras(recipe: Recipe) -> None:
+    from instructrl.stages import language, pii
+
+    for wanted, key, off, module in (
+        (recipe.data.pii_filter, "data.pii_filter", "false", pii),
+        (recipe.data.languages, "data.languages", "[]", language),
+    ):
+        if wanted:
+            try:
+                module.check()
+            except UserError as error:
+                raise UserError(f"{key}: {error}, or set {key}={off}") from None
 
 
 def _check_kinds(recipe: Recipe) -> None:
@@ -110,158 +102,30 @@ def _check_kinds(recipe: Recipe) -> None:
 
 
 def rows(source: Source, key: str) -> Iterator[Row]:
-    """All rows of a source in their order. Raises UserError for what cannot be read; `limit` is the caller's."""
+    """All rows of a source in their order, one at a time; of a `tree`, those of `trees.grouped`.
+
+    Nothing is held in memory but a line, a part of a Parquet file, or a tree. `where` and `limit` are the caller's.
+
+    Raises:
+        UserError: for what cannot be read, when it is reached.
+    """
+    found = _raw(source, key)
+    return trees.grouped(found, source.tree, key) if source.tree else found
+
+
+def _raw(source: Source, key: str) -> Iterator[Row]:
     local = files(source, key)
     if not local:
-        yield from _hub_rows(source, key)
+        yield from hub.hub_rows(source, key)
     for file in local:
-        empty = True
-        with _readable(file, key):
-            for row in _READERS[ending(file)](file):
-                empty = False
-                yield row
-        if empty:
-            raise UserError(f"{key}.path: {file} is empty")
+        yield from read_file(file, key)
 
 
-@contextmanager
-def _readable(file: Path, key: str) -> Iterator[None]:
-    """Turn what a broken file raises into one sentence."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{key}: {error}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{key}: {file} is not UTF-8 text (byte {error.start}: {error.reason})") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{key}: {file} is no complete gzip file ({error})") from None
-    except OSError as error:
-        raise UserError(f"{key}: cannot read {file} ({error.strerror or error})") from None
-
-
-def _open(file: Path) -> IO[str]:
-    # utf-8-sig: spreadsheets write a byte-order mark, which would become part of the first column's name.
-    opener = gzip.open if file.suffix.lower() == ".gz" else open
-    return opener(file, "rt", encoding="utf-8-sig", newline="")
-
-
-def _jsonl(file: Path) -> Iterator[Row]:
-    with _open(file) as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                values = json.loads(line)
-            except json.JSONDecodeError as error:
-                problem = f"{error.msg} at column {error.colno}"
-                raise UserError(
-                    f"{file} line {number} is no JSON ({problem}); a .jsonl file has one object a line"
-                ) from None
-            except RecursionError:
-                raise UserError(f"{file} line {number} is nested too deeply") from None
-            if not isinstance(values, dict):
-                raise UserError(
-                    f'{file} line {number} is {_kind(values)}, but must be an object like {{"prompt": ...}}'
-                )
-            yield Row(values, f"{file} line {number}")
-
-
-def _json(file: Path) -> Iterator[Row]:
-    with _open(file) as stream:
-        try:
-            listed = json.load(stream)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{file} is no JSON ({error}); if it has one object a line, name it .jsonl") from None
-    if not isinstance(listed, list):
-        raise UserError(f"{file} is {_kind(listed)}, but must be an array of objects: [{{...}}, {{...}}]")
-    for number, values in enumerate(listed, 1):
-        if not isinstance(values, dict):
-            raise UserError(f"{file} row {number} is {_kind(values)}, but must be an object")
-        yield Row(values, f"{file} row {number}")
-
-
-def _csv(file: Path) -> Iterator[Row]:
-    csv.field_size_limit(sys.maxsize if sys.maxsize < 2**31 else 2**31 - 1)  # the default stops at 128 kB a cell
-    with _open(file) as stream:
-        reader = csv.DictReader(stream, strict=True)
-        try:
-            for values in reader:
-                where = f"{file} line {reader.line_num}"
-                if None in values or None in values.values():
-                    raise UserError(f"{where} does not have as many cells as the header has columns")
-                yield Row(values, where)
-        except csv.Error as error:
-            raise UserError(f"{file} line {reader.line_num} is no CSV ({error})") from None
-
-
-def _parquet(file: Path) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        raw = BytesIO(gzip.decompress(file.read_bytes())) if file.suffix.lower() == ".gz" else file
-        number = 0
-        for batch in pyarrow.parquet.ParquetFile(raw).iter_batches(batch_size=1024):
-            for values in batch.to_pylist():
-                number += 1
-                yield Row(values, f"{file} row {number}")
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{file} is no Parquet file ({error})") from None
-
-
-def _txt(file: Path) -> Iterator[Row]:
-    """Paragraphs: what stands between blank lines."""
-    with _open(file) as stream:
-        lines: list[str] = []
-        first = 1
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                first = first if lines else number
-                lines.append(line.rstrip("\r\n"))
-            elif lines:
-                yield Row({"text": "\n".join(lines)}, f"{file} line {first}")
-                lines = []
-        if lines:
-            yield Row({"text": "\n".join(lines)}, f"{file} line {first}")
-
-
-_READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet, ".txt": _txt}
-
-
-def _hub_rows(source: Source, key: str) -> Iterator[Row]:
-    """Rows of a Hub data set. Data only: a repository that needs its own code is refused (datasets >= 4)."""
-    what = f"the Hub data set {source.path!r}"
-    on_this_disk = "download it where there is a network and set path to the local file or folder"
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-        on_this_disk += ", or set runtime.offline=false"
-    import datasets
-
-    try:
-        table = datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
-    except datasets.exceptions.DatasetNotFoundError as error:
-        raise UserError(
-            f"{key}.path: {source.path!r} is neither a file or folder here nor a data set on the Hub "
-            f"({_first_line(error)}); to use local data, {on_this_disk}"
-        ) from None
-    except (ConnectionError, OSError) as error:
-        raise UserError(
-            f"{key}.path: {what} cannot be loaded, there is no network or the Hub does not answer "
-            f"({_first_line(error)}); {on_this_disk}"
-        ) from None
-    except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        # An unknown name, split or revision, or a data set that is a script: the library's own sentence says which.
-        raise UserError(f"{key}: {what} cannot be loaded: {_first_line(error)}") from None
-    for number, values in enumerate(table, 1):
-        yield Row(values, f"{source.path} row {number}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _kind(value: object) -> str:
-    names = {list: "an array", dict: "an object", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
+def _named(folder: Path, name: str, found: list[Path], key: str) -> Path:
+    if folder / name not in found:
+        known = [file.relative_to(folder).as_posix() for file in found]
+        raise UserError(f"{key}.files: the folder {folder} holds no {name}{nearest(name, known)}")
+    return folder / name
 
 
 def _listed(words: tuple[str, ...]) -> str:

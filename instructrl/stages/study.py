@@ -8,10 +8,10 @@ from transformers import PreTrainedModel
 from instructrl.config import Recipe
 from instructrl.stages import answers, benchmarks, judging
 from instructrl.stages.answers import Answer
+from instructrl.stages.contract import Contract
 from instructrl.stages.judging import BASELINE, BEST, Scorer
-from instructrl.stages.models import load_policy, load_reward_model
+from instructrl.stages.models import load_policy, load_reward_model, make_room
 from instructrl.stages.tables import read_table
-from instructrl.stages.template import Template
 
 GREEDY = 0.0
 """The temperature that every report shows beside the recipe's."""
@@ -22,7 +22,10 @@ class Study:
 
     def __init__(self, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> None:
         self.recipe, self.inputs, self.folder = recipe, inputs, folder
-        self.template = Template.load(inputs["sft"] / "model")
+        self.contract = Contract.load(inputs["sft"] / "model")
+        for name in ("reward_model", "judge", "ppo", "ppo_ptx"):
+            if name in inputs:
+                self.contract.check(inputs[name] / "model", name, BASELINE)
         self.context = context_of(load_policy(inputs["sft"] / "model", recipe))
         settings = recipe.eval
         self.names = judging.names(recipe)
@@ -30,26 +33,26 @@ class Study:
         self.temperatures = sorted({settings.temperature, GREEDY}, reverse=True)
         tasks = inputs["data"] / "tasks.parquet"
         self.tasks = read_table(tasks) if tasks.exists() else []
-        self.questions = benchmarks.encode_tasks(self.tasks, self.template, self.context)
+        self.questions = benchmarks.encode_tasks(self.tasks, self.contract, self.context)
         self.text = benchmarks.held_out_text(inputs["data"], settings.num_prompts)
-        self.documents = [self.template.document(row["text"])[: self.context] for row in self.text]
+        self.documents = [self.contract.document(row["text"])[: self.context] for row in self.text]
         self.answers: dict[str, dict[float, list[Answer]]] = {}
         self.knows: dict[str, dict] = {}
         self.prefix: dict = {}
 
     @property
     def pad(self) -> int:
-        return self.template.tokenizer.pad_token_id
+        return self.contract.tokenizer.pad_token_id
 
     def _prompts(self, table: str, limit: int) -> list[dict]:
-        return answers.held_out_prompts(self.recipe, self.inputs["data"], self.template, self.context, table, limit)
+        return answers.held_out_prompts(self.recipe, self.inputs["data"], self.contract, self.context, table, limit)
 
     def model(self, name: str) -> PreTrainedModel:
         """One of the models' weights; of the policies that PPO trained, those that `eval.weights` names."""
         if name in ("gpt", "gpt_prompted"):
             base = self.inputs["pretrain"] / "model" if "pretrain" in self.inputs else self.recipe.model.path
             model = load_policy(base, self.recipe)
-            answers.make_room(model, self.template)
+            make_room(model, self.contract.tokenizer)
             return model
         average = name in ("ppo", "ppo_ptx") and self.recipe.eval.weights == "ema"
         return load_policy(self.inputs[name] / ("ema" if average else "model"), self.recipe)
@@ -83,7 +86,7 @@ class Study:
     def _ask(self, name: str) -> dict:
         model, limit = self.model(name), self.recipe.runtime.max_tokens
         ids = [row["ids"] for row in self.prompts]
-        found = {str(t): answers.sample(model, ids, self.template, self.recipe, t) for t in self.temperatures}
+        found = {str(t): answers.sample(model, ids, self.contract, self.recipe, t) for t in self.temperatures}
         knows = {
             "tasks": benchmarks.task_results(model, self.tasks, self.questions, self.pad, limit),
             "text": benchmarks.text_losses(model, self.documents, self.pad, limit),
@@ -94,17 +97,17 @@ class Study:
         """Not greedily: there is one greedy answer only."""
         reward_model, _ = load_reward_model(self.inputs["reward_model"] / "model", self.recipe)
         ids = [row["ids"] for row in self.prompts]
-        found = answers.sample_best(self.model(BASELINE), reward_model, ids, self.template, self.recipe)
+        found = answers.sample_best(self.model(BASELINE), reward_model, ids, self.contract, self.recipe)
         return {"answers": {str(self.recipe.eval.temperature): [one.to_json() for one in found]}}
 
     def _ask_prompted(self) -> dict:
         recipe, model = self.recipe, self.model("gpt_prompted")
         stop = recipe.eval.prompted_stop
-        stops = answers.stop_tokens(self.template, stop)
+        stops = answers.stop_tokens(self.contract, stop)
 
         def sample(prefix: str, rows: list[dict], temperature: float) -> list[Answer]:
-            ids = answers.prefixed(recipe, prefix, rows, self.template, self.context)
-            return answers.sample(model, ids, self.template, recipe, temperature, stops, stop)
+            ids = answers.prefixed(recipe, prefix, rows, self.contract, self.context)
+            return answers.sample(model, ids, self.contract, recipe, temperature, stops, stop)
 
         candidates = answers.prefixes(recipe, self.inputs["data"])
         best, rewards = candidates[0], {}

@@ -4,11 +4,13 @@ Plain Parquet instead of `datasets.save_to_disk`: one file a table, readable by 
 """
 
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 
+BATCH = 2048  # rows that are in memory at a time
 _RANKS = pyarrow.list_(pyarrow.int64())
 
 _NOTES = {column: pyarrow.string() for column in ("category", "kind", "user", "language", "source")}
@@ -56,14 +58,17 @@ TASKS = pyarrow.schema(
 
 
 def write_table(path: Path, rows: Iterable[dict], schema: pyarrow.Schema) -> int:
-    """Write the rows and return their number. A column that a row lacks is empty: "" or [] (never null)."""
+    """Write the rows as they come; return their number. A column that a row lacks is empty: "" or [], never null."""
     empty = {field.name: "" if field.type == pyarrow.string() else [] for field in schema}
-    complete = [empty | row for row in rows]
-    unknown = {column for row in complete for column in row} - set(schema.names)
-    if unknown:
-        raise ValueError(f"{path.name} has no column {sorted(unknown)}; its columns are {schema.names}")
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(complete, schema=schema), path)
-    return len(complete)
+    count, iterator = 0, iter(rows)
+    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+        while batch := [empty | row for row in islice(iterator, BATCH)]:
+            unknown = {column for row in batch for column in row} - set(schema.names)
+            if unknown:
+                raise ValueError(f"{path.name} has no column {sorted(unknown)}; its columns are {schema.names}")
+            writer.write_table(pyarrow.Table.from_pylist(batch, schema=schema))
+            count += len(batch)
+    return count
 
 
 def read_table(path: Path) -> list[dict]:

@@ -53,6 +53,7 @@ LACKS = {  # key -> the only value that TRL can follow, and why
     "whiten_advantages": (True, "always whitens advantages"),
     "kl_target": (None, "keeps the coefficient of the KL penalty fixed"),
     "missing_eos_score": (None, "can only subtract missing_eos_penalty"),
+    "final_learning_rate_share": (1.0, "keeps learning rates after the warm-up"),
     "ema_every": ("iteration", "tells of no single steps"),
 }
 NEVER = -1e4  # a logit whose probability is 0; minus infinity would make TRL's entropy nan
@@ -88,6 +89,9 @@ def check(name: str, recipe: Recipe) -> None:
                 f"{name}.{key}={value}: TRL's PPOTrainer {why}; set {name}.{key}={followed}, or "
                 f"{name}.backend=instructrl."
             )
+    for key, on in (("model.lora", recipe.model.lora), ("runtime.bf16", recipe.runtime.bf16)):
+        if on:
+            raise UserError(f"{key} is for our own PPOTrainer, not for TRL's: set {name}.backend=instructrl.")
     micro_batches(name, recipe)
     if section.whiten_rewards and section.batch_size // section.num_mini_batches < 8:
         raise UserError(

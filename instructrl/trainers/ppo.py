@@ -427,13 +427,17 @@ class PPOTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
-        """Learning rates rise from a tenth of the peak over the first `warmup_iterations`, then stay (App. C.4)."""
+        """Learning rates rise from a tenth of the peak over the first `warmup_iterations`, then stay (App. C.4), or go
+        down to `final_learning_rate_share`."""
         if self.lr_scheduler is None:
-            warmup, steps = self.args.warmup_iterations, self.args.steps_per_iteration
+            args = self.args
+            warmup, fall = args.warmup_iterations, 1 - args.final_learning_rate_share
 
             def factor(step: int) -> float:
-                iteration = step // steps
-                return 0.1 + 0.9 * iteration / warmup if iteration < warmup else 1.0
+                iteration = step // args.steps_per_iteration
+                if iteration < warmup:
+                    return 0.1 + 0.9 * iteration / warmup
+                return 1 - fall * (iteration - warmup) / max(args.num_iterations - warmup, 1)
 
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
         return self.lr_scheduler

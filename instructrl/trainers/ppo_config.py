@@ -32,6 +32,9 @@ class PPOConfig(TrainingArguments):
     """The value function's (App. C.4)."""
     warmup_iterations: int = 10
     """Both learning rates rise from 0.1 to 1 times their peak over the first iterations, then stay (App. C.4)."""
+    final_learning_rate_share: float = 1.0
+    """What is left of both learning rates at the end, after a straight line from the warm-up's end on; 1: they stay, as
+    in the paper."""
     total_episodes: int = 256_000
     """Rounded up to whole iterations."""
     batch_size: int = 512
@@ -133,6 +136,8 @@ class PPOConfig(TrainingArguments):
             )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} must be at least 0 (none) and below 1")
+        if not 0 <= self.final_learning_rate_share <= 1:
+            raise ValueError(f"final_learning_rate_share={self.final_learning_rate_share} must be from 0 to 1")
         if self.kl_target is not None and self.kl_target <= 0:
             raise ValueError(f"kl_target={self.kl_target} must be above 0; None keeps kl_coef fixed")
         if self.fp16:
