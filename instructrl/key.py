@@ -132,9 +132,9 @@ def local_contents(recipe: Recipe, sections: Collection[str], hashes: Hashes, wh
     """
     named: dict[Location, Source] = {}
     if "data" in sections:
-        for kind in sources.KINDS:
-            listed = getattr(recipe.data, kind)
-            named |= {("data", kind, number, "path"): source for number, source in enumerate(listed)}
+        for name in sources.LISTS:
+            listed = getattr(recipe.data, name)
+            named |= {("data", name, number, "path"): source for number, source in enumerate(listed)}
     if "eval" in sections and recipe.eval.labels:
         named["eval", "labels", "path"] = recipe.eval.labels
     contents, problems = {}, []

@@ -23,9 +23,9 @@ from instructrl.keys import closest, did_you_mean
 from instructrl.mistakes import explain, explain_number, not_finite
 from instructrl.overrides import is_given, parse, spell
 from instructrl.recipe_files import Location, RecipeFiles, explain_yaml, recipe_names, shipped, shown
+from instructrl.stages.sources import LISTS
 
 DEFAULT_RECIPE = "tiny"
-SOURCES = ("demonstrations", "rankings", "prompts", "text")
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def resolve_paths(values: dict[str, Any], files: RecipeFiles, given: tuple[str, 
     data, model, evaluation = (values.get(name) or {} for name in ("data", "model", "eval"))
     found: list[tuple[Location, Any]] = [(("model",), model)]
     if isinstance(data, dict):
-        lists = {name: data[name] for name in SOURCES if isinstance(data.get(name), list)}
+        lists = {name: data[name] for name in LISTS if isinstance(data.get(name), list)}
         found += [(("data", name, i), source) for name, sources in lists.items() for i, source in enumerate(sources)]
     if isinstance(evaluation, dict):
         found.append((("eval", "labels"), evaluation.get("labels")))

@@ -14,6 +14,10 @@ from instructrl.stages import hub, trees
 from instructrl.stages.readers import ENDINGS, Row, ending, read_file
 
 KINDS = ("demonstrations", "rankings", "prompts", "text")
+"""The tables that `data` makes."""
+
+LISTS = (*KINDS, "evaluation_sets")
+"""Every key of `data` that lists sources."""
 
 
 def is_local(path: str) -> bool:
@@ -47,7 +51,7 @@ def files(source: Source, key: str) -> list[Path]:
 
 
 def named_sources(data: Data) -> Iterator[tuple[str, str, Source]]:
-    """(kind, the source's place in the recipe, the source) of everything `data` reads."""
+    """(kind, the source's place in the recipe, the source) of every table that `data` makes."""
     for kind in KINDS:
         for number, source in enumerate(getattr(data, kind)):
             yield kind, f"data.{kind}[{number}]", source
@@ -63,6 +67,10 @@ def check(recipe: Recipe) -> None:
     for kind, key, source in named_sources(recipe.data):
         for row in islice(rows(source, key), 1) if files(source, key) else ():
             records.check_columns(row, kind, source, key)
+    for number, source in enumerate(recipe.data.evaluation_sets):
+        key = f"data.evaluation_sets[{number}]"
+        if files(source, key):
+            next(rows(source, key), None)  # all of a row counts, whatever it has
     if recipe.eval.labels and files(recipe.eval.labels, "eval.labels"):
         for row in islice(rows(recipe.eval.labels, "eval.labels"), 1):
             records.check_columns(row, "labels", recipe.eval.labels, "eval.labels")
