@@ -132,7 +132,7 @@ def local_contents(recipe: Recipe, sections: Collection[str], hashes: Hashes, wh
     """
     named: dict[Location, Source] = {}
     if "data" in sections:
-        for kind in sources.KINDS:
+        for kind in (*sources.KINDS, "evaluation_sets"):
             listed = getattr(recipe.data, kind)
             named |= {("data", kind, number, "path"): source for number, source in enumerate(listed)}
     if "eval" in sections and recipe.eval.labels:

@@ -145,7 +145,8 @@ def entries(data: Data, work: RowWork, readings: list[Reading], processes: int =
     with at_work(work, processes) as done:
         for number, (kind, key, source) in enumerate(listed):
             reading = readings[number]
-            rows = ((number, kind, key, source, row) for row in sources.rows(source, key))
+            found = records.checked(sources.rows(source, key), kind, source, key)
+            rows = ((number, kind, key, source, row) for row in found)
             # A limited source is read no further than its limit, so nothing of it is read ahead.
             for results in map(work, wanted(rows, reading)) if source.limit else done(chunks(rows, CHUNK)):
                 yield kept(results, reading)
