@@ -127,9 +127,11 @@ class RowWork:
         """In tokens of the model's tokenizer. A ranking may lose single responses later, so only its prompt counts."""
         if self.contract is None:
             return ""
-        if len(self.contract.prompt(record["prompt"])) > self.data.max_prompt_tokens:
+        longest = self.data.max_prompt_tokens
+        if len(self.contract.prompt(record["prompt"], longest)) > longest:
             return "with a prompt above data.max_prompt_tokens"
-        if kind == "demonstrations" and len(self.contract.response(record["response"])) > self.data.max_response_tokens:
+        longest = self.data.max_response_tokens
+        if kind == "demonstrations" and len(self.contract.response(record["response"], longest)) > longest:
             return "with a response above data.max_response_tokens"
         return ""
 
