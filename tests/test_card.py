@@ -320,7 +320,10 @@ def test_text_of_users_is_text(tmp_path: Path):
         "dropped": {},
     }
     leaks = [{"against": HOSTILE, "exact": 1, "ngram": 2, "examples": [HOSTILE, HOSTILE]}]
-    text = made(tmp_path, {"demonstrations.train": rows}, sources={"data.demonstrations[0]": source}, leakage=leaks)
+    told = {"length": 9, "rows": 12, "most": [{"rows": 12, "words": HOSTILE}]}
+    sources = {"data.demonstrations[0]": source}
+    text = made(tmp_path, {"demonstrations.train": rows}, sources=sources, leakage=leaks, phrases=told)
+    assert "12 more training rows share 9 words with held-out texts that many rows have" in text
     assert "<script>" not in text
     assert "\u202e" not in text
     assert "\x1b" not in text
