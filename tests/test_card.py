@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
-from instructrl.stages import card, card_tables, flow, paper_data, tally
+from instructrl.stages import card, card_tables, flow, paper_data, plots, tally
+from instructrl.stages.paper_data import Summary
 from instructrl.stages.tables import DEMONSTRATIONS, PROMPTS, RANKINGS, TEXT, write_table
 
 SCHEMAS = {"demonstrations": DEMONSTRATIONS, "rankings": RANKINGS, "prompts": PROMPTS, "text": TEXT}
@@ -320,7 +322,10 @@ def test_text_of_users_is_text(tmp_path: Path):
         "dropped": {},
     }
     leaks = [{"against": HOSTILE, "exact": 1, "ngram": 2, "examples": [HOSTILE, HOSTILE]}]
-    text = made(tmp_path, {"demonstrations.train": rows}, sources={"data.demonstrations[0]": source}, leakage=leaks)
+    told = {"length": 9, "rows": 12, "most": [{"rows": 12, "words": HOSTILE}]}
+    sources = {"data.demonstrations[0]": source}
+    text = made(tmp_path, {"demonstrations.train": rows}, sources=sources, leakage=leaks, phrases=told)
+    assert "12 more training rows share 9 words with held-out texts that many rows have" in text
     assert "<script>" not in text
     assert "\u202e" not in text
     assert "\x1b" not in text
@@ -331,6 +336,20 @@ def test_text_of_users_is_text(tmp_path: Path):
         if any(line.startswith("|") for line in part.splitlines()):
             grid(part)  # no cell was split
     assert re.findall(r"(?<!\\)!\[[^\]]*\]\(([^)]*)\)", text) == re.findall(r"card_\w+\.png", text)
+
+
+@pytest.mark.parametrize(("low", "high"), [(80, 300), (2, 9), (1, 5_000_000), (130, 131), (1, 1)])
+def test_lengths_are_numbered_plainly(tmp_path: Path, monkeypatch, low, high):
+    """Also where they span less than a decade."""
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda made, *args, **kw: figures.append(made) or save(made, *args, **kw))
+    ours = Summary(9, (low + high) / 2, 1.0, low, low, (low + high) / 2, high, high)
+    plots.lengths(tmp_path / "lengths.png", [("prompts.train", "prompts", ours, None)], "tokens")
+    axis = figures[0].axes[0].xaxis
+    shown = [label.get_text() for label in axis.get_ticklabels(which="both") if label.get_text()]
+    assert shown
+    assert all(re.fullmatch(r"[\d,]+(\.\d+)?", text) for text in shown), shown
 
 
 def test_a_column_with_another_value_in_every_row(tmp_path: Path):

@@ -1,5 +1,6 @@
 """One tokenisation path: round trips, BOS and EOS, special tokens in a text, what is too long."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -239,6 +240,21 @@ def test_long_prompts_are_cut_within_the_template(kind, template, side):
     assert ids == whole.prompt(kept)
     assert contract.prompt("short") == whole.prompt("short")
     assert len(whole.prompt(words)) > room  # drop: what is too long is the stage's to drop
+
+
+@pytest.mark.parametrize("unit", ["ab ", "a", " ", "\u4f60", "17"])
+def test_far_too_long_texts_are_not_tokenised_whole(tiny, unit, monkeypatch):
+    """All of 50 MB would take 10 GB and a minute; some ten thousand characters tell as much."""
+    read, ids = [], Contract._ids
+    monkeypatch.setattr(Contract, "_ids", lambda self, text: read.append(len(text)) or ids(self, text))
+    text = unit * (2**20 // len(unit))
+    assert len(tiny.prompt(text, 100)) > 200
+    assert len(tiny.response(text, 100)) > 200
+    for side in ("left", "right"):
+        cut = dataclasses.replace(tiny, truncation=side, max_prompt_tokens=100)
+        assert 90 < len(cut.prompt(text)) <= 100
+    assert max(read) < 10**5
+    assert tiny.prompt("ab " * 50, 100) == tiny.prompt("ab " * 50)
 
 
 def test_a_template_that_leaves_no_room_is_one_sentence():

@@ -274,6 +274,8 @@ def test_leakage_can_be_reported_only_or_refused(tmp_path):
     tables, card = prepared(tmp_path, leaky(tmp_path, valid_share=0.02, leakage="report"))
     assert ANSWER in {row["response"] for row in tables["demonstrations.train"]}
     assert card["leakage"][-1]["ngram"] == 1
+    tables, card = prepared(tmp_path, leaky(tmp_path, valid_share=0.02, leakage="ignore"))
+    assert card["leakage"] is None
     with pytest.raises(UserError, match=r"leakage=refuse.*2 rows with exam; one of them begins") as error:
         prepared(tmp_path, leaky(tmp_path, valid_share=0.02, leakage="refuse"))
     assert "\n" not in str(error.value)

@@ -76,6 +76,17 @@ def test_a_phrase_of_the_format_is_no_leak_but_one_text_repeated_often_is():
     assert leaked([f"{passage} {n}" for n in range(COMMON + 5)], [passage]).rows == set(range(COMMON + 5))
 
 
+def test_phrases_are_told_with_the_rows_that_have_no_more_than_them():
+    frame = "Answer the following question as truthfully as you can, and in one short sentence please:"
+    passage = " ".join(f"word{n}" for n in range(30))
+    training = [[f"number {n}", f"{n}. {frame} thing {n}"] for n in range(COMMON + 5)] + [[f"{frame} {passage}"]]
+    held_out = HeldOut([("e", [f"{frame} one {passage}", f"{frame} two"])], LENGTH)
+    (leak,) = find(lambda: enumerate(training), held_out)
+    assert leak.rows == {COMMON + 5}
+    told = " ".join(plain(frame))
+    assert held_out.phrase_card() == {"rows": COMMON + 5, "most": [{"rows": COMMON + 5, "words": told}]}
+
+
 def test_every_text_of_a_row_counts():
     row = {"question": "q", "choices": ["a", "b"], "nested": {"text": ["c", {"more": "d"}]}, "number": 3, "none": None}
     assert sorted(strings(row)) == ["a", "b", "c", "d", "q"]

@@ -8,6 +8,7 @@ import pytest
 
 from instructrl.artifacts import Store
 from instructrl.config import Recipe
+from instructrl.errors import UserError
 from instructrl.pipeline import stages
 from instructrl.plan import StagePlan, changes, make_plan
 from instructrl.recipe import load_recipe
@@ -193,6 +194,19 @@ def test_content_of_a_file(bench: Bench, here: Path) -> None:
     bench.make(*own)
     (here / "t.txt").write_text("two")
     assert bench.why(*own)["data"] == "data.text[0].path: its content changed"
+
+
+def test_content_of_an_evaluation_set(bench: Bench, here: Path) -> None:
+    """What training may not overlap with decides what is left of training."""
+    own = ["data.world=null", "eval.judge=reward_model", "data.text=[{path: t.txt}]", "model.path=gpt2"]
+    own.append("data.evaluation_sets=[{path: exam.jsonl}]")
+    (here / "t.txt").write_text("one")
+    with pytest.raises(UserError, match=r"data\.evaluation_sets\[0\]\.path: there is no file or folder exam\.jsonl"):
+        bench.plan(*own)
+    (here / "exam.jsonl").write_text('{"question": "one"}\n')
+    bench.make(*own)
+    (here / "exam.jsonl").write_text('{"question": "two"}\n')
+    assert bench.why(*own)["data"] == "data.evaluation_sets[0].path: its content changed"
 
 
 def test_version_of_a_stage() -> None:

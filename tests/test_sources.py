@@ -4,6 +4,7 @@ import csv
 import gc
 import gzip
 import json
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -217,12 +218,40 @@ def test_a_missing_column_names_those_there_and_the_line_to_write(tmp_path):
     )
     path = jsonl(tmp_path / "e.jsonl", [{"Questoin": "a", "responsse": "b"}])
     assert "columns: {prompt: NAME, response: responsse}" in error_of("demonstrations", path)
-    assert "columns: {response: NAME}" in error_of(
-        "demonstrations", jsonl(tmp_path / "f.jsonl", [ROWS[0], {"prompt": "a"}])
-    )
+    path = jsonl(tmp_path / "f.jsonl", [{"prompt": "a"}])
+    assert "columns: {response: NAME}" in error_of("demonstrations", path)
     path = jsonl(tmp_path / "g.jsonl", [{"prompt": "a", "responses": ["b", "c"], "ranking": [1, 2]}])
     assert "no column 'ranks'" in error_of("rankings", path)
     assert "columns: {ranks: ranking}" in error_of("rankings", path)
+
+
+def test_rows_of_json_may_lack_what_is_null_in_them(tmp_path):
+    rows = [{"prompt": "a"}, {"prompt": "b", "who": {"id": 7}, "lang": "en"}, {"prompt": "c", "lang": "fr"}]
+    path = jsonl(tmp_path / "p.jsonl", rows)
+    source = Source(path=str(path), columns={"user": "who.id"}, where={"lang": {"not": "fr"}})
+    found, reading = read_source(source, "prompts")
+    assert [(row["prompt"], row["user"]) for row in found] == [("a", ""), ("b", "7")]
+    assert reading.dropped == {"left out by `where`": 1}
+    message = error_of("prompts", path, columns={"user": "who.name"})  # there, and not what was meant
+    assert f"{path} line 2: who.name: there is no 'name' in {{'id': 7}}. Correct the row" in message
+    assert "has no column 'whom' (did you mean 'who'?)" in error_of("prompts", path, where={"whom": 1})
+
+
+def test_a_row_that_lacks_a_column_is_a_wrong_row(tmp_path):
+    path = jsonl(tmp_path / "d.jsonl", [ROWS[0], {"prompt": "a", "output": "b"}, {}, ROWS[1]])
+    message = error_of("demonstrations", path)
+    assert f"{path} line 2: there is no 'response'; its columns are 'prompt', 'output'. Correct the row" in message
+    found, reading = read_source(Source(path=str(path), skip_invalid=True), "demonstrations")
+    assert (texts(found), reading.dropped) == (texts(ROWS[:2]), {"invalid": 2})
+
+
+def test_csv_that_is_damaged(tmp_path):
+    path = write(tmp_path / "d.csv", 'prompt,response\na,b\n"c,d\ne,f\n')
+    assert f"{path} line 3 is no CSV (unexpected end of data)" in error_of("demonstrations", path)
+    path = write(tmp_path / "e.csv", "prompt,response,response,,\na,b,c,,\n")
+    assert f"{path} has two columns 'response'; rename one" in error_of("demonstrations", path)
+    path = write(tmp_path / "f.csv", "prompt\ra\r")
+    assert f"{path} line 1 is no CSV (new-line character seen in unquoted field" in error_of("prompts", path)
 
 
 def test_columns_that_rename_nothing(tmp_path):
@@ -287,7 +316,7 @@ def test_wrong_demonstrations(tmp_path, row, problem):
         ({"ranks": [1, 1.5]}, "ranks holds 1.5, but a rank is a whole number"),
         ({"ranks": [1, float("nan")]}, "ranks holds nan"),
         ({"ranks": [1, float("inf")]}, "ranks holds inf"),
-        ({"ranks": [1, None]}, "ranks holds None"),
+        ({"ranks": [1, None]}, "ranks holds null"),
         ({"ranks": [1, True]}, "ranks holds True"),
         ({"ranks": [1, "second"]}, "ranks holds 'second'"),
         ({"ranks": 1}, "ranks is the number 1, but must be a list"),
@@ -387,6 +416,8 @@ def test_check_finds_what_is_wrong_without_reading_everything(tmp_path):
         sources.check(recipe(demonstrations=files["demonstrations"]))
     with pytest.raises(UserError, match="judge_ranking_share is 0"):
         sources.check(recipe(**files, judge_ranking_share=0))
+    with pytest.raises(UserError, match=r"data\.evaluation_sets\[0\]: .*e\.jsonl line 1 is no JSON"):
+        sources.check(recipe(**files, evaluation_sets=({"path": str(write(tmp_path / "e.jsonl", "no"))},)))
 
 
 def test_check_imports_neither_torch_nor_datasets(tmp_path):
@@ -525,11 +556,14 @@ def test_a_gzip_file_that_ends_too_early_gives_the_rows_before(tmp_path):
     for name, text in (("p.json.gz", f"[{','.join(listed)}]"), ("p.jsonl.gz", "\n".join(listed))):
         whole = gzip.compress(text.encode())
         path = raw(tmp_path / name, whole[: len(whole) // 2])
-        assert f"data.prompts[0]: {path} is no complete gzip file" in error_of("prompts", path)
+        message = error_of("prompts", path)
+        assert f"data.prompts[0]: {path} is no complete gzip file" in message
+    reached = re.search(r"gzip file after line (\d+) \(", message)
+    assert 2000 < int(reached[1]) < 3500
     read = sources.rows(Source(path=str(tmp_path / "p.jsonl.gz")), "k")
     assert next(read).values == {"prompt": "0 0"}
     path = raw(tmp_path / "crc.jsonl.gz", whole[:-8] + b"\0\0\0\0" + whole[-4:])
-    assert "is no complete gzip file (CRC check failed" in error_of("prompts", path)
+    assert "is no complete gzip file after line 4999 (CRC check failed" in error_of("prompts", path)
 
 
 def test_parquet_that_is_damaged_in_the_middle(tmp_path):
@@ -669,7 +703,8 @@ def test_ranks_as_text_and_not_a_number(tmp_path):
     assert f"{path} line 2: ranks holds nan, but a rank is a whole number" in error_of("rankings", path)
     rows, _ = read_source(Source(path=str(path), skip_invalid=True), "rankings", "k")
     assert [row["ranks"] for row in rows] == [[2, 1]]
-    for written in ("Infinity", "-Infinity", "true", '"first"', "null", "[1]", "{}", '"nan"'):
+    odd = ("Infinity", "-Infinity", "true", '"first"', "null", "[1]", "{}", '"nan"', "1e308", "-9223372036854775809")
+    for written in odd:
         line = f'{{"prompt": "a", "responses": ["x", "y"], "ranks": [1, {written}]}}\n'
         assert "line 1: ranks holds" in error_of("rankings", raw(tmp_path / "q.jsonl", line.encode()))
 

@@ -18,7 +18,8 @@ def write_card(folder: Path, card: dict, count_tokens: Count | None) -> None:
     tables and card give the same bytes.
 
     Args:
-        card: the content of card.json: "rows", and where rows were read, "sources", "steps", "read", "kept", "leakage".
+        card: the content of card.json: "rows", and where rows were read, "sources", "steps", "read", "kept", "leakage",
+            "phrases".
         count_tokens: texts -> their lengths in tokens; None: lengths are in words, and the card says so.
 
     Raises:
@@ -46,7 +47,7 @@ def write_card(folder: Path, card: dict, count_tokens: Count | None) -> None:
         "Prompts and demonstrations by source (Table 11)": card_tables.lengths_by_source(prompts, unit),
         "Languages (App. A.4)": card_tables.languages(prompts),
         "What was removed": card_tables.removed(followed),
-        "Leakage": card_tables.leakage(card.get("leakage")),
+        "Leakage": card_tables.leakage(card.get("leakage"), card.get("phrases") or {}),
         "Sources": card_tables.sources(card.get("sources", {})),
     }
     parts = [INTRODUCTION.format(url=PAPER_URL, unit=UNITS[unit])]

@@ -191,17 +191,25 @@ def removed(followed: Flow | None) -> str:
     )
 
 
-def leakage(found: list[dict] | None) -> str:
-    """Training rows that overlap with what measures."""
+def leakage(found: list[dict] | None, phrases: Mapping) -> str:
+    """Training rows that overlap with what measures, and what they share with it that does not count."""
     if found is None:
         return "Overlap with held-out prompts was not looked for (`data.leakage`)."
     if not found:
         return "There was nothing held out to look for overlap with."
     rows = [[cell(one["against"]), f"{one['exact']:,}", f"{one['ngram']:,}"] for one in found]
     examples = [f"- {cell(one['against'])}: {cell(text)}" for one in found for text in one.get("examples", ())]
+    length = phrases.get("length", 13)
+    columns = ["training rows that overlap with", "same text", f"{length} words in common"]
+    said = [f"- {one['rows']:,} rows: {cell(one['words'])}" for one in phrases.get("most", ())]
+    phrase = (
+        f"{phrases.get('rows', 0):,} more training rows share {length} words with held-out texts that many rows have: "
+        "phrases of the format, which stay. If one is none, take its rows out of your files. The most frequent:\n\n"
+    )
     return _joined(
-        grid(["training rows that overlap with", "same text", "13 words in common"], rows, escaped=True, numbers=2),
+        grid(columns, rows, escaped=True, numbers=2),
         "Found there and in training:\n\n" + "\n".join(examples) if examples else "",
+        phrase + "\n".join(said) if said else "",
     )
 
 

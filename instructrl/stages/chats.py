@@ -7,7 +7,7 @@ its content; several become `System: ...`, `User: ...`, `Assistant: ...`, one pa
 import re
 import unicodedata
 
-from instructrl.columns import Invalid
+from instructrl.columns import Invalid, brief
 
 ROLES = {"prompter": "user", "human": "user", "bot": "assistant", "gpt": "assistant", "model": "assistant"}
 """What other data sets call the roles that we know; any other role is kept."""
@@ -101,4 +101,5 @@ def encodable(value: str, name: str) -> str:
 def kind(value: object) -> str:
     """What a value is, for an error."""
     names = {list: "a list", dict: "an object", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), f"the number {value!r}")
+    number = f"the number {brief(value)}" if isinstance(value, int | float) else type(value).__name__
+    return names.get(type(value), number)

@@ -6,6 +6,7 @@
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,9 @@ SPARE = (  # tokens that a tokenizer may hold for padding, or for whatever one l
     "<|vision_pad|>",  # Qwen2
     "<unused0>",  # Gemma
 )
+CHARACTERS = 64
+"""A token has fewer, but for runs of spaces or dashes. Where a text has more for each token that it may have, a
+beginning of it is tokenised first."""
 PROBE = (
     "Hi  there,\r\n\n\tna\u00efve: 3+14=17; \u05e9\u05dc\u05d5\u05dd \u4f60\u597d \U0001f642 "
     "</s><|endoftext|><|im_end|> Bye. "
@@ -109,32 +113,44 @@ class Contract:
         """What stands around a prompt, as text."""
         return chat_frame(self.tokenizer) if self.template == CHAT else Frame(*self.template.split("{prompt}"))
 
-    def prompt(self, text: str) -> list[int]:
-        """The ids a model reads before it answers: the prompt, cut if need be, within its template."""
-        return self._framed(self.kept(text))
+    def prompt(self, text: str, most: int | None = None) -> list[int]:
+        """The ids a model reads before it answers: the prompt, cut if need be, within its template.
+
+        Args:
+            most: how many are of use. Of a text with far more only a beginning is read, which has more, too: a text of
+                50 MB takes 10 GB to tokenise.
+        """
+        return _beginning(self._framed, self.kept(text), most)
 
     def kept(self, text: str) -> str:
         """What is read of a prompt: all of it, or with `truncation` left or right as much as fits, in characters."""
         text = text.strip() if self.frame.strips else text
-        if self.max_prompt_tokens is None or len(self._framed(text)) <= self.max_prompt_tokens:
+        most = self.max_prompt_tokens
+        if most is None:
             return text
 
         def part(characters: int) -> str:
             left = text[:characters] if self.truncation == "right" else text[len(text) - characters :]
             return left.strip() if self.frame.strips else left
 
-        fits, exceeds = 0, len(text)
+        fits, exceeds = 0, CHARACTERS * most
+        while exceeds < len(text) and len(self._framed(part(exceeds))) <= most:
+            fits, exceeds = exceeds, 4 * exceeds
+        if exceeds >= len(text):
+            exceeds = len(text)
+            if len(self._framed(text)) <= most:
+                return text
         while exceeds - fits > 1:
             middle = (fits + exceeds) // 2
-            if len(self._framed(part(middle))) <= self.max_prompt_tokens:
+            if len(self._framed(part(middle))) <= most:
                 fits = middle
             else:
                 exceeds = middle
         return part(fits)
 
-    def response(self, text: str) -> list[int]:
-        """The ids of a complete answer; the last is EOS."""
-        return [*self._ids(text), self.tokenizer.eos_token_id]
+    def response(self, text: str, most: int | None = None) -> list[int]:
+        """The ids of a complete answer; the last is EOS. `most` as in `prompt`."""
+        return [*_beginning(self._ids, text, most), self.tokenizer.eos_token_id]
 
     def document(self, text: str) -> list[int]:
         """The ids of a pretraining document: BOS, text, and what ends a document."""
@@ -251,6 +267,17 @@ class Contract:
         tokenizer.add_special_tokens({"pad_token": spare or PAD})
         what = "a spare token that it holds" if spare else "a new token"
         print(f"The tokenizer {why}: padding is {tokenizer.pad_token}, {what} ({tokenizer.pad_token_id}).", flush=True)
+
+
+def _beginning(encode: Callable[[str], list[int]], text: str, most: int | None) -> list[int]:
+    """The ids of a text, or of so much of its beginning as has more than twice as many ids as are of use."""
+    characters = CHARACTERS * most if most else len(text)
+    while characters < len(text):
+        ids = encode(text[:characters])
+        if len(ids) > 2 * most:
+            return ids
+        characters *= 4
+    return encode(text)
 
 
 @dataclass(frozen=True)

@@ -116,11 +116,12 @@ def prepare(recipe: Recipe, folder: Path) -> tuple[dict[str, int], dict]:
         split(pool, data)
         if data.pii_filter:
             remove_personal(pool)
-        leaks = remove_leaks(pool, data)
+        leaks, phrases = remove_leaks(pool, data)
         check_parts(pool, data)
         tables = {f"{kind}.{part}": rows for kind, part, rows in table_rows(pool, data)}
         counts = {table: write(folder, table, rows()) for table, rows in tables.items()}
-        return counts, card_of(pool, data, readings, counts, leaks)
+        found = None if data.leakage == "ignore" else [leak.card() for leak in leaks]
+        return counts, card_of(pool, data, readings, counts) | {"leakage": found, "phrases": phrases}
 
 
 def fill(pool: Pool, recipe: Recipe, progress: Progress) -> list[Reading]:
@@ -190,12 +191,13 @@ def remove_personal(pool: Pool) -> None:
     pool.remove("pii", says, chosen, "data.pii_filter", True)
 
 
-def remove_leaks(pool: Pool, data: Data) -> list[leakage.Leak]:
-    """Compare what trains with what measures, and take out or refuse what they share."""
+def remove_leaks(pool: Pool, data: Data) -> tuple[list[leakage.Leak], dict]:
+    """Compare what trains with what measures, and take out or refuse what they share. (leaks, `phrase_card`)."""
     length = data.leakage_ngram
     if data.leakage == "ignore":
-        return []
-    leaks = leakage.find(lambda: training_texts(pool), leakage.HeldOut(held_out_sets(pool, data), length))
+        return [], {}
+    held_out = leakage.HeldOut(held_out_sets(pool, data), length)
+    leaks = leakage.find(lambda: training_texts(pool), held_out)
     found = {leak.against: len(leak.rows) for leak in leaks if leak.rows}
     if found and data.leakage == "refuse":
         listed = ", ".join(f"{count} rows with {name}" for name, count in found.items())
@@ -207,7 +209,7 @@ def remove_leaks(pool: Pool, data: Data) -> list[leakage.Leak]:
     says = f"share a text, or {length} words in a row, with what measures"
     numbers = set().union(*(leak.rows for leak in leaks)) if data.leakage == "remove" else ()
     pool.remove_numbers("leakage", says, numbers, "data.leakage", data.leakage)
-    return leaks
+    return leaks, {"length": length, **held_out.phrase_card()}
 
 
 def held_out_sets(pool: Pool, data: Data) -> Iterator[tuple[str, Iterator[str]]]:
@@ -273,7 +275,7 @@ def check_parts(pool: Pool, data: Data) -> None:
         )
 
 
-def card_of(pool: Pool, data: Data, readings: list[Reading], counts: dict[str, int], leaks: list[leakage.Leak]) -> dict:
+def card_of(pool: Pool, data: Data, readings: list[Reading], counts: dict[str, int]) -> dict:
     """`card.json`: what was read, what every step took out, and what is left; the counts add up (`flow.py`)."""
     read: Counter = Counter()
     cards = {}
@@ -291,7 +293,6 @@ def card_of(pool: Pool, data: Data, readings: list[Reading], counts: dict[str, i
         "steps": steps,
         "read": {kind: read[kind] for kind in KINDS},
         "kept": kept,
-        "leakage": [leak.card() for leak in leaks],
     }
 
 

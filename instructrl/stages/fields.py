@@ -22,6 +22,12 @@ class Fields:
     def __contains__(self, column: str) -> bool:
         return column in self.columns or column in self.values
 
+    def has(self, column: str) -> bool:
+        """Whether an optional column is there and not null. One that a path leads into is, whatever is in it."""
+        rule = self.columns.get(column, column)
+        paths = list(columns.names(rule))
+        return not paths or any(self.values.get(columns.head(path, self.values)) is not None for path in paths)
+
     def name(self, column: str) -> str:
         """What the column is called in errors: their name, or ours where a rule makes it."""
         theirs = self.columns.get(column, column)
@@ -47,7 +53,7 @@ class Fields:
 
     def note(self, column: str) -> str:
         """An optional text, number or list of them: "" if it is missing, null or something else."""
-        value = self.value(column) if column in self else None
+        value = self.value(column) if self.has(column) else None
         if isinstance(value, list):
             return ", ".join(filter(None, (_note(entry, self.name(column)) for entry in value)))
         return _note(value, self.name(column))

@@ -127,9 +127,11 @@ class RowWork:
         """In tokens of the model's tokenizer. A ranking may lose single responses later, so only its prompt counts."""
         if self.contract is None:
             return ""
-        if len(self.contract.prompt(record["prompt"])) > self.data.max_prompt_tokens:
+        longest = self.data.max_prompt_tokens
+        if len(self.contract.prompt(record["prompt"], longest)) > longest:
             return "with a prompt above data.max_prompt_tokens"
-        if kind == "demonstrations" and len(self.contract.response(record["response"])) > self.data.max_response_tokens:
+        longest = self.data.max_response_tokens
+        if kind == "demonstrations" and len(self.contract.response(record["response"], longest)) > longest:
             return "with a response above data.max_response_tokens"
         return ""
 
@@ -145,7 +147,8 @@ def entries(data: Data, work: RowWork, readings: list[Reading], processes: int =
     with at_work(work, processes) as done:
         for number, (kind, key, source) in enumerate(listed):
             reading = readings[number]
-            rows = ((number, kind, key, source, row) for row in sources.rows(source, key))
+            found = records.checked(sources.rows(source, key), kind, source, key)
+            rows = ((number, kind, key, source, row) for row in found)
             # A limited source is read no further than its limit, so nothing of it is read ahead.
             for results in map(work, wanted(rows, reading)) if source.limit else done(chunks(rows, CHUNK)):
                 yield kept(results, reading)

@@ -6,6 +6,7 @@ question ..."), not a leak, and does not count.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ SHORTEST = 4
 COMMON = 10
 """A run of words in more training rows than this, as in GPT-3, and in two held-out texts or more, is a phrase."""
 EXAMPLES, CHARACTERS = 3, 120  # of each set, in the card
+PHRASES = 20  # in the card
 _BASE = numpy.uint64(0x9E3779B97F4A7C15)  # odd, so that no power of it is 0
 
 
@@ -101,6 +103,9 @@ class HeldOut:
             self.set_runs.append(numpy.unique(joined(found)))
         self.runs, self.texts = numpy.unique(joined(counted), return_counts=True)
         self.rows = numpy.zeros(len(self.runs), dtype=numpy.int32)  # training rows that have each run
+        self.phrases: Counter[str] = (
+            Counter()
+        )  # the training rows of no leak that have a phrase, by the first they have
 
     def matches(self, texts: list[NDArray[numpy.uint64]]) -> NDArray[numpy.intp]:
         """Which of all runs a row with these texts has: indices of `runs`."""
@@ -115,6 +120,23 @@ class HeldOut:
     def is_phrase(self) -> NDArray[numpy.bool]:
         return (self.rows > COMMON) & (self.texts > 1)
 
+    def first_phrase(self, texts: list[str], matched: NDArray[numpy.intp]) -> str:
+        """The first words of the texts that are one of the runs `matched`, as far as runs of it go on."""
+        wanted = self.runs[matched]
+        for text in texts:
+            there = numpy.isin(runs(words(text), self.length), wanted)
+            if there.any():
+                start = int(there.argmax())
+                ends = numpy.flatnonzero(~there[start:])
+                count = (int(ends[0]) if len(ends) else len(there) - start) + self.length - 1
+                return " ".join(WORD.findall(text.casefold())[start : start + count])
+        raise ValueError("none of the texts has such a run")
+
+    def phrase_card(self) -> dict:
+        """What was taken for a phrase, for the card: how many rows have one, and the most frequent."""
+        listed = sorted(self.phrases.items(), key=lambda item: (-item[1], item[0]))[:PHRASES]
+        return {"rows": self.phrases.total(), "most": [{"rows": rows, "words": text} for text, rows in listed]}
+
 
 def joined(parts: list[NDArray[numpy.uint64]]) -> NDArray[numpy.uint64]:
     return numpy.concatenate(parts) if parts else numpy.empty(0, dtype=numpy.uint64)
@@ -123,7 +145,8 @@ def joined(parts: list[NDArray[numpy.uint64]]) -> NDArray[numpy.uint64]:
 def find(training: Callable[[], Iterable[tuple[int, list[str]]]], held_out: HeldOut) -> list[Leak]:
     """The training rows, (number, its texts), that leak, by held-out set.
 
-    They are read twice, first to learn which runs are phrases. Memory: a byte a row, and what leaks.
+    They are read twice, first to learn which runs are phrases. Rows that share these alone do not leak, and are counted
+    in `held_out.phrases`. Memory: a byte a row, what leaks, and the phrases.
     """
     suspected = bytearray()
     for number, texts in training():
@@ -141,11 +164,16 @@ def find(training: Callable[[], Iterable[tuple[int, list[str]]]], held_out: Held
         wholes = {whole(each) for each in numbers if len(each) >= SHORTEST}
         matched = held_out.matches(numbers)
         shared = held_out.runs[matched[~phrase[matched]]]
+        leaks_here = False
         for leak, its_wholes, its_runs in zip(leaks, held_out.wholes, held_out.set_runs, strict=True):
             if wholes & its_wholes:
                 leak.exact.add(number)
             if numpy.isin(shared, its_runs, assume_unique=True).any():
                 leak.ngram.add(number)
-            if (number in leak.exact or number in leak.ngram) and len(leak.examples) < EXAMPLES:
-                leak.examples.append(" ".join(texts[0].split())[:CHARACTERS])
+            if number in leak.exact or number in leak.ngram:
+                leaks_here = True
+                if len(leak.examples) < EXAMPLES:
+                    leak.examples.append(" ".join(texts[0].split())[:CHARACTERS])
+        if not leaks_here and len(matched):
+            held_out.phrases[held_out.first_phrase(texts, matched)] += 1
     return leaks

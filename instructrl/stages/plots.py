@@ -20,6 +20,7 @@ from instructrl.stages.paper_data import MOST_PROMPTS_A_USER, Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 COLOURS = {"demonstrations": "#0072B2", "rankings": "#D55E00", "prompts": "#009E73", "text": "#CC79A7"}
@@ -99,7 +100,7 @@ def lengths(path: Path, rows: Sequence[tuple[str, str, Summary, Summary | None]]
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_xscale("log")
         axes.set_xlim(left=0.8 * max(0.8, min(of.quarter for row in rows for of in row[2:] if of)))
-        axes.xaxis.set_major_formatter("{x:,.0f}")
+        _numbered(axes.xaxis)
         paper_unit = "" if unit == "tokens" else ", the paper's in tokens"
         axes.set_xlabel(f"{unit} a prompt{paper_unit}: bar 25 % to 75 %, line median, diamond mean")
         axes.set_title("Prompt lengths; grey: the paper's")
@@ -127,8 +128,8 @@ def users(path: Path, counts: Mapping[str, NDArray[np.int64]]) -> None:
         axes.axvline(MOST_PROMPTS_A_USER, color=PAPER, linewidth=1, label=f"the paper's cap, {MOST_PROMPTS_A_USER}")
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.yaxis.set_major_formatter("{x:,g}")
+        _numbered(axes.xaxis)
+        _numbered(axes.yaxis)
         axes.set_xlabel("prompts a user")
         axes.set_ylabel("% of users with at least so many")
         axes.set_title("Prompts a user")
@@ -168,10 +169,20 @@ def languages(path: Path, rows: Mapping[str, int]) -> None:
         axes.invert_yaxis()
         axes.set_xscale("log")
         axes.set_xlim(0.7, max(rows.values()) * 3)
-        axes.xaxis.set_major_formatter("{x:,.0f}")
+        _numbered(axes.xaxis)
         axes.set_xlabel("prompts whose language is known")
         axes.set_title("Languages")
         axes.tick_params(axis="y", length=0)
+
+
+def _numbered(axis: "Axis") -> None:
+    """Plain numbers on a logarithmic axis, at 1, 2 and 5. Of less than a decade matplotlib would number the ticks
+    between, too, as mathematics, which is not parsed here."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:,.12g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _finish(made: "Figure", axes: "Axes", both: bool = False) -> None:

@@ -11,6 +11,7 @@ import re
 import sys
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,12 +39,11 @@ class Row:
 
 def read_file(file: Path, key: str) -> Iterator[Row]:
     """The rows of a file with one of our `ENDINGS`. Raises UserError for what cannot be read, and for no row at all."""
-    empty = True
-    with _readable(file, key):
+    with _readable(file, key) as reached:
         for row in READERS[ending(file)](file):
-            empty = False
+            reached[:] = [row.where.removeprefix(str(file))]
             yield row
-    if empty:
+    if not reached:
         raise UserError(f"{key}.path: {file} is empty")
 
 
@@ -56,17 +56,22 @@ def ending(path: Path) -> str:
 
 
 @contextmanager
-def _readable(file: Path, key: str) -> Iterator[None]:
-    """Turn what a broken file raises into one sentence."""
+def _readable(file: Path, key: str) -> Iterator[list[str]]:
+    """Turn what a broken file raises into one sentence. What is yielded is for the place of the last row read."""
+    reached: list[str] = []
     try:
-        yield
+        yield reached
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{key}: {file} is no complete gzip file ({error})") from None
+        raise UserError(f"{key}: {file} is no complete gzip file{_after(reached)} ({error})") from None
     except OSError as error:
         problem = error.strerror or (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{key}: cannot read {file} ({problem})") from None
+        raise UserError(f"{key}: cannot read {file}{_after(reached)} ({problem})") from None
+
+
+def _after(reached: list[str]) -> str:
+    return f" after{reached[0]}" if reached else ""
 
 
 def _open(file: Path) -> IO[bytes]:
@@ -211,13 +216,17 @@ def _csv(file: Path) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize if sys.maxsize < 2**31 else 2**31 - 1)  # the default stops at 128 kB a cell
     reader = csv.DictReader((line for _, line in _lines(file)), strict=True)
     try:
+        twice = [name for name, count in Counter(reader.fieldnames or ()).items() if name and count > 1]
+        if twice:
+            raise UserError(f"{file} has two columns {twice[0]!r}; rename one")
         for values in reader:
             where = f"{file} line {reader.line_num}"
             if None in values or None in values.values():
                 raise UserError(f"{where} does not have as many cells as the header has columns")
             yield Row(values, where)
     except csv.Error as error:
-        raise UserError(f"{file} line {reader.line_num} is no CSV ({error})") from None
+        # Where the row begins, not where it was given up: an open quote takes all that follows with it.
+        raise UserError(f"{file} line {reader.line_num + 1} is no CSV ({error})") from None
 
 
 def _parquet(file: Path) -> Iterator[Row]:
@@ -238,7 +247,8 @@ def _parquet(file: Path) -> Iterator[Row]:
         last = number + BATCH
         raise UserError(f"{file} is not UTF-8 text in rows {number + 1} to {last} ({error.reason})") from None
     except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{file} is no Parquet file ({str(error).splitlines()[0]})") from None
+        after = f" after row {number}" if number else ""
+        raise UserError(f"{file} is no Parquet file{after} ({str(error).splitlines()[0]})") from None
 
 
 def _txt(file: Path) -> Iterator[Row]:

@@ -6,7 +6,7 @@ in the form of Anthropic's hh-rlhf, whose paragraphs begin with `Human:` and `As
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 
 from instructrl import columns
@@ -56,6 +56,13 @@ ALSO_CALLED = {
 """What other data sets call our columns, to suggest the line of YAML that renames them."""
 
 
+HEAD = 100
+"""Rows that may be read to see which columns there are."""
+
+HIGHEST_RANK = 2**53
+"""Whole numbers up to here are exact as a float."""
+
+
 def record(row: Row, kind: str, source: Source, key: str) -> list[dict]:
     """What a row of `demonstrations`, `rankings`, `prompts`, `text` or `labels` gives, with columns of `stages.tables`.
 
@@ -63,13 +70,43 @@ def record(row: Row, kind: str, source: Source, key: str) -> list[dict]:
     App. A.1).
 
     Raises:
-        UserError: a column is missing; names the columns there are and the line of YAML to write.
-        Invalid: the row is wrong in another way.
+        Invalid: the row is wrong, or lacks a column that others have.
     """
-    form = check_columns(row, kind, source, key)
     if not columns.holds(source.where, row.values):
         return []
-    return _MAKERS[kind](Fields(row, source), form)
+    fields = Fields(row, source)
+    form = _form(fields, kind)
+    if not form:
+        there = ", ".join(map(repr, row.values)) or "(none)"
+        raise Invalid(f"there is no {' and no '.join(map(repr, _lacks(fields, kind)))}; its columns are {there}")
+    return _MAKERS[kind](fields, form)
+
+
+def checked(rows: Iterator[Row], kind: str, source: Source, key: str) -> Iterator[Row]:
+    """The same rows, after `check_columns` on the first: or, where rows of JSON lack what is null in them, on what the
+    first `HEAD` have together. Holds back no more rows than that takes.
+
+    Raises:
+        UserError: as `check_columns`.
+    """
+    head: list[Row] = []
+    seen: dict[str, object] = {}
+    problem = None
+    for row in rows:
+        head.append(row)
+        seen = row.values | seen
+        try:
+            check_columns(Row(seen, head[0].where), kind, source, key)
+            problem = None
+            break
+        except UserError as error:
+            problem = error
+            if len(head) == HEAD:
+                break
+    if problem:
+        raise problem
+    yield from head
+    yield from rows
 
 
 def invalid(row: Row, problem: Invalid, key: str) -> UserError:
@@ -80,8 +117,8 @@ def invalid(row: Row, problem: Invalid, key: str) -> UserError:
     )
 
 
-def check_columns(row: Row, kind: str, source: Source, key: str) -> tuple[str, ...]:
-    """The form of the row: the first whose columns are all there.
+def check_columns(row: Row, kind: str, source: Source, key: str) -> None:
+    """See that the row has the columns of a form, and all that the source names.
 
     Raises:
         UserError: `columns` or `where` names one that is not there, `columns` renames none of ours, or makes one of
@@ -102,13 +139,24 @@ def check_columns(row: Row, kind: str, source: Source, key: str) -> tuple[str, .
     for path in source.where:
         _check_column(path, row, f"{key}.where")
     fields = Fields(row, source)
-    for form in FORMS[kind]:
-        if all(column in fields for column in form):
-            several = [name for name in form if isinstance(source.columns.get(name), tuple)]
-            if several and form == ("chosen", "rejected"):
-                raise _not_joined(several[0], " where there is no prompt column", key)
-            return form
-    raise _missing(row, kind, fields, key)
+    form = _form(fields, kind)
+    if not form:
+        raise _missing(row, kind, fields, key)
+    several = [name for name in form if isinstance(source.columns.get(name), tuple)]
+    if several and form == ("chosen", "rejected"):
+        raise _not_joined(several[0], " where there is no prompt column", key)
+
+
+def _form(fields: Fields, kind: str) -> tuple[str, ...]:
+    """The form of a row: the first whose columns are all there; () for none."""
+    return next((form for form in FORMS[kind] if all(column in fields for column in form)), ())
+
+
+def _lacks(fields: Fields, kind: str) -> list[str]:
+    """What is missing of the form that is nearest to the row's."""
+    forms = [form for form in FORMS[kind] if "examples" not in form or "examples" in fields]
+    form = max(forms, key=lambda form: sum(column in fields for column in form))
+    return [column for column in form if column not in fields]
 
 
 def _check_column(path: str, row: Row, key: str) -> None:
@@ -123,9 +171,7 @@ def _check_column(path: str, row: Row, key: str) -> None:
 
 def _missing(row: Row, kind: str, fields: Fields, key: str) -> UserError:
     there = list(row.values)
-    forms = [form for form in FORMS[kind] if "examples" not in form or "examples" in fields]
-    form = max(forms, key=lambda form: sum(column in fields for column in form))
-    missing = [column for column in form if column not in fields]
+    missing = _lacks(fields, kind)
     names = {column: _suggestion(column, there) for column in missing}
     line = ", ".join(f"{column}: {name or 'NAME'}" for column, name in names.items())
     return UserError(
@@ -206,7 +252,7 @@ def _ranking(fields: Fields, form: tuple[str, ...]) -> list[dict]:
         raise Invalid(f"a ranking needs two responses or more, but there is {len(responses)}")
     if len(set(responses)) == 1:
         raise Invalid("all responses are the same")
-    annotators = fields.list("annotators") if fields.values.get("annotators") or "annotators" in fields.columns else []
+    annotators = fields.list("annotators") if fields.has("annotators") else []
     return [
         {
             "prompt": prompt,
@@ -229,8 +275,9 @@ def _ranks(values: list, expected: int, what: str) -> list[int]:
     ranks = []
     for value in values:
         number = columns.number(value) if isinstance(value, str | int | float) else math.nan
-        if not math.isfinite(number) or number % 1:
-            raise Invalid(f"{what} holds {value!r}, but a rank is a whole number: 1 for the best, equal for a tie")
+        if not abs(number) <= HIGHEST_RANK or number % 1:
+            shown = columns.brief(value)
+            raise Invalid(f"{what} holds {shown}, but a rank is a whole number: 1 for the best, equal for a tie")
         ranks.append(int(number))
     return [rank - min(ranks) + 1 for rank in ranks]
 

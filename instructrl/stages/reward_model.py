@@ -79,8 +79,8 @@ def encode(rankings: list[dict], contract: Contract, limits: Limits, dropped: Co
     left, are counted in `dropped`."""
     rows = []
     for ranking in rankings:
-        prompt = contract.prompt(ranking["prompt"])
-        responses = [contract.response(text) for text in ranking["responses"]]
+        prompt = contract.prompt(ranking["prompt"], limits.prompt)
+        responses = [contract.response(text, limits.response) for text in ranking["responses"]]
         problems = [limits.problem(prompt, response) for response in responses]
         for problem in filter(None, problems):
             dropped[f"responses {problem}"] += 1

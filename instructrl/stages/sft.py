@@ -111,7 +111,8 @@ def encode(path: Path, contract: Contract, limits: Limits) -> tuple[list[dict], 
     for number, row in enumerate(read_table(path), 1):
         if not row["response"].strip():
             raise UserError(f"demonstration {number} has an empty response; its prompt is {row['prompt'][:60]!r}.")
-        prompt, response = contract.prompt(row["prompt"]), contract.response(row["response"])
+        prompt = contract.prompt(row["prompt"], limits.prompt)
+        response = contract.response(row["response"], limits.response)
         problem = limits.problem(prompt, response)
         if problem:
             dropped[problem] += 1

@@ -4,7 +4,6 @@ This module imports neither torch nor datasets before it needs them: `check` run
 """
 
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 from instructrl.columns import nearest
@@ -58,22 +57,22 @@ def named_sources(data: Data) -> Iterator[tuple[str, str, Source]]:
 
 
 def check(recipe: Recipe) -> None:
-    """Find missing files, empty files and missing columns before anything runs: reads one row of each local source."""
+    """Find missing files, empty files and missing columns before anything runs: reads the start of local sources."""
     from instructrl.stages import records
 
     if not recipe.data.world:
         _check_kinds(recipe)
         _check_extras(recipe)
     for kind, key, source in named_sources(recipe.data):
-        for row in islice(rows(source, key), 1) if files(source, key) else ():
-            records.check_columns(row, kind, source, key)
-    for number, source in enumerate(recipe.data.evaluation_sets):
+        if files(source, key):
+            next(records.checked(rows(source, key), kind, source, key), None)
+    for number, source in enumerate(recipe.data.evaluation_sets):  # all of a row counts: no column is missing
         key = f"data.evaluation_sets[{number}]"
         if files(source, key):
-            next(rows(source, key), None)  # all of a row counts, whatever it has
+            next(rows(source, key), None)
     if recipe.eval.labels and files(recipe.eval.labels, "eval.labels"):
-        for row in islice(rows(recipe.eval.labels, "eval.labels"), 1):
-            records.check_columns(row, "labels", recipe.eval.labels, "eval.labels")
+        labels = rows(recipe.eval.labels, "eval.labels")
+        next(records.checked(labels, "labels", recipe.eval.labels, "eval.labels"), None)
 
 
 def _check_extras(recipe: Recipe) -> None:
