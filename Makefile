@@ -10,7 +10,7 @@ FAST := not slow and not gpu and not network
 STAGE_TESTS := $(patsubst %,tests/test_%.py,checkpoints eval label lora models ppo ppo_stage pretrain ranking reward_model sft trl_ppo)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow test-trl-min parity check bench-ppo bench-reward bench-sft bench-data clean
+.PHONY: help run test test-gpu test-slow test-trl-min parity check bench-ppo bench-reward bench-sft bench-data clean
 
 help: ## Show these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -18,10 +18,13 @@ help: ## Show these targets
 run: $(VENV)/.installed ## Set up and run the whole story on the built-in world
 	$(VENV)/bin/instructrl run-all
 
-test test-slow test-trl-min parity: export OMP_NUM_THREADS ?= 1 # models this small are faster on one thread than on two
+test test-gpu test-slow test-trl-min parity: export OMP_NUM_THREADS ?= 1 # models this small are faster on one thread than on two
 
 test: $(VENV)/.installed-dev ## Set up and run the tests
 	$(VENV)/bin/python -m pytest -m "$(FAST)"
+
+test-gpu: $(VENV)/.installed-dev ## Run the tests that need a CUDA device
+	$(VENV)/bin/python -m pytest -m gpu
 
 test-slow: $(VENV)/.installed-dev ## Run the tests that take minutes
 	$(VENV)/bin/python -m pytest -m "slow and not gpu and not network"
@@ -38,7 +41,7 @@ check: $(VENV)/.installed-dev ## Check style and types
 	$(VENV)/bin/ty check instructrl --exclude instructrl/stages --exclude instructrl/trainers # torch types most calls too loosely
 
 bench-ppo: $(TRL_MIN)/.installed ## Measure PPO beside TRL 1.12's: speed, memory, share of the floor
-	$(TRL_MIN)/bin/python tests/benchmarks/bench_ppo.py
+	$(TRL_MIN)/bin/python tests/benchmarks/bench_ppo.py $(ARGS)
 
 bench-reward: $(VENV)/.installed-dev ## Measure the K-wise reward trainer beside TRL's on all pairs
 	$(VENV)/bin/python tests/benchmarks/bench_reward.py

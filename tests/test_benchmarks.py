@@ -21,7 +21,7 @@ def floor(monkeypatch):
 def test_the_floor_counts_the_products_of_one_iteration(floor):
     import models
 
-    layers, width, vocabulary = models.LAYERS, models.WIDTH, 300
+    (width, layers), vocabulary = models.SMALL, 300
     model = floor.Products.of(models.policy("gpt2", vocabulary, 0.1), layers, width)
     trunk, head = 12 * layers * width**2, width * vocabulary  # a token; GPT-2: 3 + 1 in attention, 4 + 4 in the MLP
     read = [p + r - 1 for p, r in zip(PROMPTS, RESPONSES, strict=True)]
@@ -48,10 +48,11 @@ def test_an_adapter_spares_the_gradients_of_the_weights_below_it(floor):
     from peft import LoraConfig, get_peft_model
 
     policy = models.policy("gpt2", 300, 0.1)
-    full = floor.Products.of(policy, models.LAYERS, models.WIDTH)
+    width, layers = models.SMALL
+    full = floor.Products.of(policy, layers, width)
     lora = get_peft_model(policy, LoraConfig(r=8, target_modules=["c_attn"], fan_in_fan_out=True))
-    adapted = floor.Products.of(lora, models.LAYERS, models.WIDTH)
-    adapter = models.LAYERS * (8 * models.WIDTH + 8 * 3 * models.WIDTH)
+    adapted = floor.Products.of(lora, layers, width)
+    adapter = layers * (8 * width + 8 * 3 * width)
     assert floor.forward(adapted.trunk, 1) == pytest.approx(floor.forward(full.trunk, 1) + adapter)
     below = 2 * (floor.forward(full.trunk, 1))  # forward and dX
     assert floor.forward_backward(adapted.trunk, 1) == pytest.approx(below + 3 * adapter)

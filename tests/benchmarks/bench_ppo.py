@@ -1,10 +1,13 @@
 """`make bench-ppo`: this project's PPOTrainer beside TRL 1.12's, the last one that TRL had, on the same work.
 
 Prints one JSON object a workload and a summary. Both trainers run in the same environment, each in a process of its
-own on one thread, and take turns of one iteration; the first one is not counted.
+own on one thread, and take turns of one iteration; the first one is not counted. With --device cuda the models are as
+large as GPT-2, batches four times as large, matrix products in bfloat16; seconds are then the clock's, memory is the
+GPU's, and there is no floor.
 
-    cpu_seconds_per_iteration     CPU seconds of each counted iteration, from one's end to the next's
-    episodes_per_cpu_second       median
+    cpu_seconds_per_iteration     CPU seconds of each counted iteration, from one's end to the next's (seconds_...)
+    episodes_per_cpu_second       median (episodes_per_second)
+    response_tokens_per_second    median
     response_tokens               per iteration, on average: that both had the same to do
     peak_mb                       the process's peak memory, Python and libraries included
     loaded_mb                     what of it there was before the first iteration
@@ -17,7 +20,7 @@ own on one thread, and take turns of one iteration; the first one is not counted
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 
@@ -41,6 +44,12 @@ class Workload:
     lora: bool = False
     ptx_ratio: float = 0.0
     """Pretraining examples (32 to 128 tokens) an episode. TRL has no ptx: there a second backward pass is hooked in."""
+    size: tuple[int, int] = (128, 4)
+    """Width and layers."""
+    device: str = "cpu"
+
+    def on_gpu(self) -> "Workload":
+        return replace(self, size=(768, 12), device="cuda", episodes=4 * self.episodes)
 
 
 WORKLOADS = {
@@ -64,31 +73,35 @@ def measure(workload: Workload, sides: list[str], rounds: int) -> dict[str, dict
 
 def figures(turns: list[dict], workload: Workload) -> dict:
     loading, _, *counted = turns
-    seconds = [turn["cpu_seconds"] for turn in counted]
+    gpu = workload.device == "cuda"
+    unit, memory = ("seconds", "gpu_peak_mb") if gpu else ("cpu_seconds", "peak_mb")
+    seconds = [turn[unit] for turn in counted]
+    tokens = [turn["response_tokens"] for turn in counted]
     return {
-        "cpu_seconds_per_iteration": [round(value, 3) for value in seconds],
-        "episodes_per_cpu_second": workload.episodes / median(seconds),
-        "response_tokens": mean(turn["response_tokens"] for turn in counted),
-        "peak_mb": counted[-1]["peak_mb"],
-        "loaded_mb": loading["loaded_mb"],
+        f"{unit}_per_iteration": [round(value, 3) for value in seconds],
+        f"episodes_per_{unit.removesuffix('s')}": workload.episodes / median(seconds),
+        "response_tokens": mean(tokens),
+        "response_tokens_per_second": median(each / took for each, took in zip(tokens, seconds, strict=True)),
+        "peak_mb": counted[-1][memory],
+        "loaded_mb": loading.get("gpu_peak_mb", 0.0) if gpu else loading["loaded_mb"],
         "lengths": [turn.get("lengths") for turn in counted],
     }
 
 
-def compare(name: str, sides: list[str], rounds: int) -> dict:
+def compare(name: str, workload: Workload, sides: list[str], rounds: int) -> dict:
     """A workload's line."""
-    workload = WORKLOADS[name]
     measured = measure(workload, sides, rounds)
     lengths = {side: each.pop("lengths") for side, each in measured.items()}
     line = {"workload": name} | asdict(workload) | measured
     if len(sides) == 2:
         ours, trl = measured["ours"], measured["trl"]
+        rate = "episodes_per_second" if workload.device == "cuda" else "episodes_per_cpu_second"
         line |= {
-            "ratio": ours["episodes_per_cpu_second"] / trl["episodes_per_cpu_second"],
+            "ratio": ours[rate] / trl[rate],
             "memory_ratio": ours["peak_mb"] / trl["peak_mb"],
             "memory_above_loaded_ratio": (ours["peak_mb"] - ours["loaded_mb"]) / (trl["peak_mb"] - trl["loaded_mb"]),
         }
-    if "ours" in sides:
+    if "ours" in sides and workload.device == "cpu":
         worker = Worker(HERE / "ppo_floor.py", workload=asdict(workload), lengths=lengths["ours"])
         floor = worker.turn()["seconds"]
         worker.close()
@@ -120,12 +133,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="counted iterations of each trainer")
     parser.add_argument("--workload", action="append", choices=WORKLOADS, help="may be given several times")
     parser.add_argument("--only", choices=("ours", "trl"), help="run one trainer alone")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
     sides = [options.only] if options.only else ["ours", "trl"]
     lines = []
     for name in options.workload or WORKLOADS:
         try:
-            lines.append(compare(name, sides, options.rounds))
+            workload = WORKLOADS[name].on_gpu() if options.device == "cuda" else WORKLOADS[name]
+            lines.append(compare(name, workload, sides, options.rounds))
         except RuntimeError as error:
             lines.append({"workload": name, "error": str(error)})
         print(json.dumps(rounded(lines[-1])), flush=True)

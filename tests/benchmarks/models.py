@@ -7,6 +7,7 @@ state is constant, and its weights in the head are so a bias on the logits: high
 
 import math
 import random
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer
@@ -25,7 +26,21 @@ from transformers import (
 )
 
 EOS, PAD = 0, 1
-WIDTH, LAYERS, HEADS, CONTEXT = 128, 4, 4, 256
+CONTEXT = 256
+
+
+class Size(NamedTuple):
+    """Of a transformer. GPT-2, the one of 124 million weights, has width 768 and 12 layers."""
+
+    width: int = 128
+    layers: int = 4
+
+    @property
+    def heads(self) -> int:
+        return self.width // (32 if self.width < 256 else 64)
+
+
+SMALL = Size()
 
 
 def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
@@ -36,26 +51,30 @@ def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<eos>", pad_token="<pad>", padding_side="left")
 
 
-def config(architecture: str, vocabulary: int, **options):
+def config(architecture: str, vocabulary: int, size: Size = SMALL, **options):
     special = {"eos_token_id": EOS, "pad_token_id": PAD, "bos_token_id": EOS, "vocab_size": vocabulary} | options
     if architecture == "gpt2":
         dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        return GPT2Config(n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, n_positions=CONTEXT, **dropout, **special)
+        return GPT2Config(
+            n_embd=size.width, n_layer=size.layers, n_head=size.heads, n_positions=CONTEXT, **dropout, **special
+        )
     return LlamaConfig(
-        hidden_size=WIDTH,
-        intermediate_size=344,  # 8/3 of the width, in multiples of 8: as many weights as GPT-2's MLP has
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
+        hidden_size=size.width,
+        intermediate_size=8 * math.ceil(size.width / 3),  # 8/3 of the width: as many weights as GPT-2's MLP has
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
         max_position_embeddings=CONTEXT,
         **special,
     )
 
 
-def policy(architecture: str, vocabulary: int, end_probability: float, seed: int = 0) -> PreTrainedModel:
+def policy(
+    architecture: str, vocabulary: int, end_probability: float, size: Size = SMALL, seed: int = 0
+) -> PreTrainedModel:
     """A causal language model each of whose tokens is EOS with about that probability."""
     torch.manual_seed(seed)
     kind = GPT2LMHeadModel if architecture == "gpt2" else LlamaForCausalLM
-    model = kind(config(architecture, vocabulary))
+    model = kind(config(architecture, vocabulary, size))
     head = model.get_output_embeddings().weight
     with torch.no_grad():
         if architecture == "gpt2":
@@ -71,11 +90,11 @@ def policy(architecture: str, vocabulary: int, end_probability: float, seed: int
     return model
 
 
-def scorer(architecture: str, vocabulary: int, seed: int) -> PreTrainedModel:
+def scorer(architecture: str, vocabulary: int, seed: int, size: Size = SMALL) -> PreTrainedModel:
     """A reward model or critic."""
     torch.manual_seed(seed)
     kind = GPT2ForSequenceClassification if architecture == "gpt2" else LlamaForSequenceClassification
-    return kind(config(architecture, vocabulary, num_labels=1))
+    return kind(config(architecture, vocabulary, size, num_labels=1))
 
 
 def sequences(count: int, vocabulary: int, shortest: int, longest: int, seed: int) -> list[list[int]]:

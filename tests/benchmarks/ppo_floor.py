@@ -123,9 +123,10 @@ def main() -> None:
     import models
     from ppo_worker import models_of, pretraining_of
 
-    size = {"layers": models.LAYERS, "width": models.WIDTH}
-    policy = Products.of(models_of(workload)["model"], **size)
-    base = Products.of(models.policy(workload["architecture"], workload["vocabulary"], 0.1), **size)
+    size = models.Size(*workload["size"])
+    policy = Products.of(models_of(workload)["model"], size.layers, size.width)
+    base = models.policy(workload["architecture"], workload["vocabulary"], 0.1, size)
+    base = Products.of(base, size.layers, size.width)
     count = round(workload["ptx_ratio"] * workload["episodes"]) * workload["epochs"]
     examples = [len(ids) for ids in (pretraining_of(workload) * 100)[:count]] if count else []
     with torch.no_grad():

@@ -16,13 +16,17 @@ SETTINGS = {
     "kl_coef": 0.05,
     "missing_eos_penalty": 1.0,
     "report_to": [],
-    "bf16": False,
-    "use_cpu": True,
     "save_strategy": "no",
     "disable_tqdm": True,
     "seed": 0,
 }
 PTX_COEF = 1.0
+
+
+def settings(workload: dict) -> dict:
+    """A GPU computes in bfloat16, as anyone's would; the weights stay float32 on both."""
+    gpu = workload["device"] == "cuda"
+    return SETTINGS | {"use_cpu": not gpu, "bf16": gpu}
 
 
 def main() -> None:
@@ -42,8 +46,8 @@ def models_of(workload: dict) -> dict:
     """Policy, critic, reference and reward model; with LoRA the reference is the policy without its adapter."""
     import models
 
-    architecture, vocabulary = workload["architecture"], workload["vocabulary"]
-    policy = partial(models.policy, architecture, vocabulary, workload["end_probability"])
+    architecture, vocabulary, size = workload["architecture"], workload["vocabulary"], models.Size(*workload["size"])
+    policy = partial(models.policy, architecture, vocabulary, workload["end_probability"], size)
     model, reference = policy(), None if workload["lora"] else policy()
     if workload["lora"]:
         from peft import LoraConfig, get_peft_model
@@ -53,8 +57,8 @@ def models_of(workload: dict) -> dict:
     return {
         "model": model,
         "ref_model": reference,
-        "reward_model": models.scorer(architecture, vocabulary, seed=1),
-        "value_model": models.scorer(architecture, vocabulary, seed=1),
+        "reward_model": models.scorer(architecture, vocabulary, seed=1, size=size),
+        "value_model": models.scorer(architecture, vocabulary, seed=1, size=size),
     }
 
 
@@ -83,7 +87,7 @@ def ours(player: Player, workload: dict, folder: str):
         num_ppo_epochs=workload["epochs"],
         ptx_coef=PTX_COEF if workload["ptx_ratio"] else 0.0,
         ptx_ratio=workload["ptx_ratio"],
-        **SETTINGS,
+        **settings(workload),
     )
 
     def facts() -> dict:
@@ -121,7 +125,7 @@ def trl(player: Player, workload: dict, folder: str):
         stop_token="eos",
         num_sample_generations=0,
         gradient_checkpointing=False,
-        **SETTINGS,
+        **settings(workload),
     )
     counted, truncate = [0], trl_ppo.truncate_response
 
@@ -154,10 +158,13 @@ def add_pretraining(trainer, workload: dict) -> None:
 
     def both(loss, **options) -> None:
         backward(loss, **options)
-        ids, mask = models.padded([examples[(seen[0] + i) % len(examples)] for i in range(count)])
+        rows = models.padded([examples[(seen[0] + i) % len(examples)] for i in range(count)])
+        ids, mask = (part.to(trainer.accelerator.device) for part in rows)
         seen[0] += count
         labels = ids.masked_fill(mask == 0, -100)
-        backward(PTX_COEF * trainer.model.policy(input_ids=ids, attention_mask=mask, labels=labels).loss)
+        with trainer.accelerator.autocast():
+            pretraining = trainer.model.policy(input_ids=ids, attention_mask=mask, labels=labels).loss
+        backward(PTX_COEF * pretraining)
 
     trainer.accelerator.backward = both
 

@@ -1,7 +1,8 @@
 """Two trainers taking turns: each in a process of its own, so that peak memory is the operating system's own figure.
 
 A worker trains one turn (an iteration of PPO, some steps of SFT), says what it took and waits for its next turn, while
-the other one has the machine. Whatever else happens on it then slows both. Times are CPU seconds of the process.
+the other one has the machine. Whatever else happens on it then slows both. Times are CPU seconds of the process and,
+where a GPU computes, seconds by the clock.
 """
 
 import json
@@ -27,13 +28,14 @@ class Worker:
 
     def __init__(self, script: Path, **arguments: Any):
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self.process = subprocess.Popen(
             [sys.executable, str(script), json.dumps(arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TRL_EXPERIMENTAL_SILENCE": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "TRL_EXPERIMENTAL_SILENCE": "1"},
         )
 
     def turn(self) -> dict[str, Any]:
@@ -90,17 +92,19 @@ class Player:
         self.channel: TextIO = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         self.arguments = json.loads(sys.argv[1])
-        self.started = 0.0
+        self.started = self.began = 0.0
 
     def wait(self) -> None:
         """Until it is this worker's turn; ends the process where no turn follows."""
         if not sys.stdin.readline():
             os._exit(0)  # in the middle of training, and nothing of it is kept
-        self.started = time.process_time()
+        self.started, self.began = time.process_time(), time.perf_counter()
 
     def report(self, **facts: Any) -> None:
-        """Say what the turn took: CPU seconds, and the process's peak memory so far in MB."""
+        """Say what the turn took: CPU seconds, and the peak memory so far in MB, the process's or the GPU's."""
+        facts = gpu_peak() | facts
         facts = {"cpu_seconds": time.process_time() - self.started, "peak_mb": peak_mb()} | facts
+        facts["seconds"] = facts.get("seconds", time.perf_counter() - self.began)
         print(json.dumps(facts), file=self.channel, flush=True)
 
     def callback(self, steps: int, facts: Callable[[], dict[str, Any]] = dict) -> Any:
@@ -119,3 +123,12 @@ class Player:
 def peak_mb() -> float:
     """The largest resident size that this process has had."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB
+
+
+def gpu_peak() -> dict[str, float]:
+    """The most memory that tensors have had on the GPU, after all that was asked of it is done; {} without a GPU."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return {}
+    torch.cuda.synchronize()
+    return {"gpu_peak_mb": torch.cuda.max_memory_allocated() / 2**20}
