@@ -20,7 +20,7 @@ STAGES = {  # as in `pipeline.NAMES`; importing that would import pydantic, whic
     "ppo_init": "the policy that PPO starts from, if not sft",
     "ppo": "the PPO policy",
     "ppo_ptx": "the PPO-ptx policy",
-    "eval": "win rates, the alignment tax and report.md",
+    "eval": "win rates, the alignment tax and the report",
 }
 
 app = typer.Typer(
@@ -107,6 +107,52 @@ def show(
     name = stage_name(stage)
     [job] = make_jobs(name, overrides or [], [], multirun=False)
     typer.echo(printout.artifact_as_json(job, name) if as_json else printout.artifact_as_text(job, name))
+
+
+Runs = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[RUN] [KEY=VALUE]...",
+        help="A recipe's name or file (default: tiny), the folder of an artifact of eval, or the beginning of its "
+        "fingerprint; then values that replace the recipe's.",
+        autocompletion=complete,
+    ),
+]
+
+
+@app.command()
+def report(
+    words: Runs = None,
+    samples: Annotated[int | None, typer.Option(metavar="N", min=0, help="Prompts shown side by side.")] = None,
+) -> None:
+    """Write report.html and report.md anew from artifacts, without evaluating again."""
+    from instructrl.reporting import document, runs
+
+    one, overrides = runs.one(words or [])
+    path = document.write(runs.find(one, overrides), document.SHOWN if samples is None else samples)
+    typer.echo(f"The report: {path}")
+
+
+@app.command()
+def compare(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN RUN [KEY=VALUE]...",
+            help="Two recipes, each with values of its own if you quote it ('tiny seed=1'), or folders or fingerprints "
+            "of eval; then values that both get.",
+            autocompletion=complete,
+        ),
+    ],
+) -> None:
+    """Show two runs side by side: what differs in their recipes, and what came out."""
+    from instructrl import printout
+    from instructrl.reporting import comparison, runs
+
+    named, overrides = runs.split(words)
+    one, other = (runs.find(name, overrides) for name in runs.two(named))
+    printout.show_comparison(comparison.tables(one, other))
+    typer.echo(f"The comparison: {comparison.write(one, other)}")
 
 
 def stage_command(name: str) -> Callable[..., None]:

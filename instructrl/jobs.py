@@ -68,6 +68,18 @@ def make_jobs(target: str | None, arguments: list[str], force: Sequence[str], mu
 
 def job(target: str | None, arguments: list[str], force: Sequence[str]) -> Job:
     """One recipe, composed, checked and planned."""
+    made = plan_job(target, arguments, force)
+    composition = made.composition
+    if any(step.runs and step.stage.name == "data" for step in made.plan):
+        try:
+            sources.check(composition.recipe)
+        except UserError as error:
+            raise UserError(sentence(f"{composition.where_named(str(error))}{error}")) from None
+    return made
+
+
+def plan_job(target: str | None, arguments: list[str], force: Sequence[str] = ()) -> Job:
+    """One recipe, composed and planned; whether its sources can be read is not asked."""
     composition = compose_recipe(arguments)
     recipe = composition.recipe
     pipeline = stages(recipe)
@@ -79,11 +91,6 @@ def job(target: str | None, arguments: list[str], force: Sequence[str]) -> Job:
             raise UserError(f"--force {name}: {target} does not need it; it needs {', '.join(needed)}.")
     store = Store(Path(recipe.runtime.output_dir).expanduser())
     plan = make_plan(pipeline, recipe, [target], store, forced, composition.where)
-    if any(step.runs and step.stage.name == "data" for step in plan):
-        try:
-            sources.check(recipe)
-        except UserError as error:
-            raise UserError(sentence(f"{composition.where_named(str(error))}{error}")) from None
     return Job(arguments, composition, target, plan, store, force)
 
 

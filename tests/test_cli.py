@@ -58,7 +58,15 @@ def test_help_names_every_command(instructrl: Instructrl) -> None:
     result = instructrl("--help")
     assert result.code == 0
     listed = re.findall(r"^  ([a-z-]+) ", result.out.split("Commands:")[1], re.MULTILINE)
-    assert listed == ["run-all", "plan", "config", "show", *(name.replace("_", "-") for name in NAMES)]
+    assert listed == [
+        "run-all",
+        "plan",
+        "config",
+        "show",
+        "report",
+        "compare",
+        *(name.replace("_", "-") for name in NAMES),
+    ]
     assert "..." not in result.out.split("Commands:")[1]  # every line is whole
 
 

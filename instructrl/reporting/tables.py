@@ -1,0 +1,266 @@
+"""The tables of the page, from `metrics.json`: all text. One whose numbers were not measured is None."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from instructrl.reporting.charts import as_interval, task_name
+from instructrl.stages.claims import FAILS, HOLDS
+from instructrl.stages.names import NAMES
+from instructrl.stages.report import WHAT_CHANGES, number, shares, signed
+
+Metrics = Mapping[str, Any]
+COLOURS = {  # a verdict -> the class of its cell
+    HOLDS: "good",
+    FAILS: "bad",
+    "reproduced": "good",
+    "recovered": "good",
+    "improved": "good",
+    "not": "bad",
+    "taxed": "bad",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text.
+
+    Args:
+        words: so many columns, from the left, are words and not numbers; `others` are numbers of more such columns.
+        shades: (row, column) -> a win rate, for the colour of the cell.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+    title: str = ""
+    words: int = 1
+    shades: Mapping[tuple[int, int], float] = field(default_factory=dict)
+    others: Sequence[int] = ()
+
+    def is_words(self, column: int) -> bool:
+        """Whether a column, from 0, is words and not numbers."""
+        return column < self.words or column in self.others
+
+    def colour(self, text: str) -> str:
+        """The CSS class of a cell with a verdict."""
+        return COLOURS.get(text, "")
+
+
+def made(found: Mapping[str, Any] | None, title: str = "", words: int = 1) -> Table | None:
+    """A table that metrics.json holds as text already: {columns, rows, notes}."""
+    if not found or not found.get("rows"):
+        return None
+    rows = [[str(cell) for cell in row] for row in found["rows"]]
+    return Table(found["columns"], rows, found.get("notes", ()), title, words)
+
+
+def claims(metrics: Metrics) -> Table | None:
+    """The paper's claims on this run."""
+    checked = metrics.get("claims")
+    if not checked:
+        return None
+    rows = [[c["claim"], bracketed(c["number"]), f"{c['border']:g}", c["verdict"]] for c in checked]
+    note = (
+        "A claim holds if its 95 % interval is on the claimed side of the border. Nothing is corrected for many claims."
+    )
+    return Table(["claim", "number [95 %]", "border", "on this run"], rows, [note], "Claims on this run", others=(3,))
+
+
+def scorecard(metrics: Metrics) -> Table | None:
+    """The paper's claims and numbers beside this run's."""
+    found = metrics.get("scorecard")
+    if not found:
+        return None
+    rows = []
+    for one in found:
+        paper, yours = one.get("paper") or {}, one.get("yours") or {}
+        ours, n = yours.get("number"), yours.get("n")
+        shown = bracketed(ours) + (f" (n={n})" if n else "")
+        rows.append([one["claim"], one["text"], text(paper.get("number")), text(paper.get("where")), shown])
+        rows[-1] += [one["verdict"], text(one.get("scale"))]
+    columns = ["claim", "what the paper says", "its number", "where", "yours [95 %]", "verdict", "scale"]
+    return Table(columns, rows, title="Paper versus this run", words=2, others=(3, 4, 5, 6))
+
+
+def matrix(metrics: Metrics) -> Table | None:
+    """Each model's win rate against each other one."""
+    found = metrics.get("matrix")
+    if not found:
+        return None
+    names = {name: metrics["models"].get(name, {}).get("name", name) for name in found}
+    rows, shades = [], {}
+    for row, name in enumerate(names):
+        cells = [as_interval(found[name].get(other)) for other in names]
+        rows.append([names[name], *(shares(one) for one in cells)])
+        shades |= {(row, column): one[0] for column, one in enumerate(cells, 1) if one}
+    notes = ["Win rate of the row's model against the column's, ties half; brackets are 95 % intervals over prompts."]
+    return Table(["", *names.values()], rows, notes, "Any against any", shades=shades)
+
+
+def length_controlled(metrics: Metrics) -> Table | None:
+    """The win rate beside the one at equal length."""
+    models = [found for found in metrics.get("models", {}).values() if found.get("win_rate_length_controlled")]
+    if not models:
+        return None
+    rows = [
+        [m["name"], shares(m["win_rate"]), shares(m["win_rate_length_controlled"]), number(m.get("length"), 1)]
+        for m in models
+    ]
+    return Table(["model", "win rate", "length-controlled", "tokens"], rows, title="What length explains")
+
+
+def judge_card(metrics: Metrics) -> Table | None:
+    """What is known of the judge."""
+    card = metrics.get("judge_card")
+    if not card:
+        return None
+    rows = [
+        [name.replace("_", " "), text(value)] for name, value in card.items() if name != "notes" and value is not None
+    ]
+    return Table(["", ""], rows, card.get("notes") or (), "The judge", words=2)
+
+
+def by_model(found: Mapping[str, Any] | None, models: Metrics, title: str, first: str = "") -> Table | None:
+    """{field: {model: interval}} or {model: interval}: a row a field, a column a model."""
+    if not found:
+        return None
+    nested = all(isinstance(value, Mapping) for value in found.values())
+    fields = found if nested else {"mean": found}
+    names = list(dict.fromkeys(name for row in fields.values() for name in row))
+    rows = [[label.replace("_", " "), *(bracketed(row.get(name)) for name in names)] for label, row in fields.items()]
+    return Table([first, *(models.get(name, {}).get("name", name) for name in names)], rows, title=title)
+
+
+def tax(metrics: Metrics, key: str, whole: str, title: str) -> list[Table]:
+    """What each model knows, and the paired differences."""
+    changes = metrics.get("tax", {}).get(key)
+    if not changes:
+        return []
+    models = {name: metrics["models"][name] for name in NAMES if name != "gpt_prompted" and name in metrics["models"]}
+    names = [name for name in changes if name != "all"]
+    rows = [[name, *(number(model[key].get(name), 3) for model in models.values())] for name in names]
+    rows.append(["average" if key == "tasks" else "all", *(number(model[whole], 3) for model in models.values())])
+    deltas = [
+        [name, *(signed(found[pair]) for pair in WHAT_CHANGES if pair in found)] for name, found in changes.items()
+    ]
+    pairs = [title for pair, title in WHAT_CHANGES.items() if all(pair in found for found in changes.values())]
+    return [
+        Table(["", *(model["name"] for model in models.values())], rows, title=title),
+        Table(["", *pairs], deltas, ["Paired differences with their 95 % intervals."]),
+    ]
+
+
+def harness(metrics: Metrics) -> Table | None:
+    """Every model on every task, its change from the base model, and the verdict on it."""
+    found = metrics.get("harness")
+    if not found:
+        return None
+    names = [name for name in NAMES if any(name in one.get("models", {}) for one in found)]
+    rows = []
+    for one in found:
+        cells = []
+        for name in names:
+            verdict = (one.get("verdict") or {}).get(name, "")
+            cells += [shares(as_interval(one["models"].get(name))) + (f" {verdict}" if verdict else "")]
+        better = "" if one.get("higher_is_better", True) else " (lower is better)"
+        rows.append([task_name(one) + better, text(one.get("n")), *cells])
+    notes = [
+        "Metrics with 95 % intervals; verdicts compare with GPT, paired: taxed, recovered, improved, or unchanged."
+    ]
+    return Table(["task", "n", *(NAMES[name] for name in names)], rows, notes, "Public NLP tasks")
+
+
+def overoptimisation(metrics: Metrics) -> list[Table]:
+    """The checkpoints, and reward gain within length buckets."""
+    found, tables = metrics.get("overoptimisation") or {}, []
+    for policy, points in (found.get("policies") or {}).items():
+        best = {
+            "judge": (found.get("best_by_judge") or {}).get(policy),
+            "proxy": (found.get("best_by_proxy") or {}).get(policy),
+        }
+        rows = []
+        for point in points:
+            marks = " and ".join(f"best by {who}" for who, step in best.items() if step == point.get("step"))
+            cells = [text(point.get(name)) for name in ("step", "episodes", "kl")]
+            cells += [bracketed(point.get("proxy")), bracketed(point.get("judge")), text(point.get("length"))]
+            rows.append([*cells, marks])
+        columns = ["step", "episodes", "KL", "proxy reward", "judge", "length", ""]
+        tables.append(Table(columns, rows, title=f"{NAMES.get(policy, policy)}'s checkpoints", others=(6,)))
+    buckets = found.get("by_length") or []
+    if buckets:
+        names = list(buckets[0]["gain"]) if isinstance(buckets[0].get("gain"), Mapping) else ["gain"]
+        rows = []
+        for one in buckets:
+            gains = one["gain"] if isinstance(one["gain"], Mapping) else {"gain": one["gain"]}
+            rows.append([one["bucket"], text(one.get("n")), *(bracketed(gains.get(name)) for name in names)])
+        columns = ["length", "n", *(NAMES.get(name, name) for name in names)]
+        tables.append(Table(columns, rows, title="Reward gain over SFT within lengths"))
+    return tables
+
+
+def gold(metrics: Metrics) -> Table | None:
+    """What the gold preference is made of."""
+    models = metrics.get("models", {}).values()
+    if not models or not all("gold" in found for found in models):
+        return None
+    parts, rows = ("utility", "correct", "constraint", "hallucination", "toxic"), []
+    for found in models:
+        for decoding, place in ((f"temperature {metrics['temperature']:g}", found), ("greedy", found.get("greedy"))):
+            if place:
+                rows.append([found["name"], decoding, *(number(place["gold"][part], 3) for part in parts)])
+    return Table(["model", "decoding", *parts], rows, title="What the gold preference sees", words=2)
+
+
+def reward_model(metrics: Metrics) -> Table | None:
+    """How often the reward model, and the judge, order held-out pairs as labelers did."""
+    rows = []
+    for title, found in (("reward model", metrics.get("reward_model")), ("judge", metrics.get("judge_model"))):
+        for row in found or []:
+            plain = [
+                number([row[name]], 2) if row[name] is not None else "-" for name in ("longer_wins", "bag_of_words")
+            ]
+            agree = [shares(row[name]) for name in ("agreement", "held_out_agreement")]
+            rows.append([title, row["on"], shares(row["accuracy"]), *plain, *agree, str(row["pairs"])])
+    if not rows:
+        return None
+    columns = [
+        "",
+        "rankings",
+        "accuracy",
+        "longer wins",
+        "bag of words",
+        "labelers agree",
+        "held-out labelers",
+        "pairs",
+    ]
+    return Table(columns, rows, ["Share of the pairs of held-out rankings, ties left out."], words=2)
+
+
+def bracketed(value: Any) -> str:
+    """`0.621 [0.590, 0.650]`; a mean alone without brackets."""
+    found = as_interval(value)
+    if found is None:
+        return "-"
+    mean, low, high = found
+    return f"{mean:.3f}" + (f" [{low:.3f}, {high:.3f}]" if (low, high) != (mean, mean) else "")
+
+
+def text(value: Any) -> str:
+    """Anything JSON holds, for a person."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {text(part)}" for name, part in value.items())
+    if isinstance(value, list | tuple):
+        return bracketed(value) if as_interval(value) else ", ".join(text(part) for part in value)
+    return str(value)
+
+
+def kept(tables: Iterable[Table | None]) -> list[Table]:
+    """Those that there are."""
+    return [table for table in tables if table is not None]
