@@ -45,7 +45,8 @@ def render(template: str, values: Mapping[str, Any]) -> str:
 
 
 def prose(text: str) -> "Markup":
-    """A sentence of ours; what is between backticks becomes code."""
+    """A sentence of ours; what is between backticks becomes code, between two asterisks strong."""
     from markupsafe import Markup, escape
 
-    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(printable(text)))))  # escaped
+    coded = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(printable(text))))
+    return Markup(re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", coded))  # escaped

@@ -12,7 +12,7 @@ from instructrl.artifacts import MANIFEST, ORDER, Artifact, Store, read_json
 from instructrl.config import Runtime
 from instructrl.errors import UserError
 from instructrl.pipeline import LAST, NAMES
-from instructrl.recipe import DEFAULT_RECIPE
+from instructrl.recipe import DEFAULT_RECIPE, compose_recipe
 from instructrl.recipe_files import recipe_names
 
 METRICS, SAMPLES, STEPS = "metrics.json", "samples.parquet", "log.jsonl"
@@ -101,7 +101,7 @@ def of_job(job: jobs.Job) -> Run:
 
 def of_recipe(arguments: list[str]) -> Run:
     """The run of a recipe, as far as it was made."""
-    return of_job(jobs.plan_job(None, arguments))
+    return of_job(jobs.plan_job(None, arguments, (), compose_recipe(arguments), {}))
 
 
 def of_folder(folder: Path) -> Run:

@@ -9,6 +9,7 @@ from instructrl.reporting import panels, tables
 from instructrl.reporting.drawing import Chart
 from instructrl.reporting.runs import Part, Run
 from instructrl.reporting.tables import Table
+from instructrl.stages import overoptimisation as overopt
 from instructrl.stages import report
 
 Metrics = Mapping[str, Any]
@@ -112,9 +113,14 @@ def harness(metrics: Metrics, of: Charts) -> Section:
 
 
 def overoptimisation(metrics: Metrics, of: Charts) -> Section:
-    notes = (metrics.get("overoptimisation") or {}).get("notes") or []
+    measured = metrics.get("overoptimisation")
+    if not measured:
+        return Section("overoptimisation", "Over-optimisation")
+    titles = {name: model["name"] for name, model in metrics["models"].items()}
+    texts = [line for name in measured["policies"] for line in overopt.verdict(measured, name, titles[name])]
+    texts += [overopt.length_sentence(titles[name], row) for name, row in measured.get("within_length", {}).items()]
     drawn, found = of.named("overoptimisation"), tables.overoptimisation(metrics)
-    return Section("overoptimisation", "Over-optimisation", notes, drawn, found)
+    return Section("overoptimisation", "Over-optimisation", texts, drawn, found, measured["notes"])
 
 
 def reward_model(metrics: Metrics) -> Section:

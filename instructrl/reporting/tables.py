@@ -172,31 +172,44 @@ def harness(metrics: Metrics) -> Table | None:
 
 
 def overoptimisation(metrics: Metrics) -> list[Table]:
-    """The checkpoints, and reward gain within length buckets."""
+    """Each policy's snapshots, best-of-n, and reward gain among answers of like length."""
     found, tables = metrics.get("overoptimisation") or {}, []
+    titles = {name: model["name"] for name, model in metrics.get("models", {}).items()} | {"best_of_n": "Best of n"}
+    intervals = {"proxy": "reward", "judge": "judge", "win_rate": "win rate"}
     for policy, points in (found.get("policies") or {}).items():
-        best = {
-            "judge": (found.get("best_by_judge") or {}).get(policy),
-            "proxy": (found.get("best_by_proxy") or {}).get(policy),
-        }
+        best = {who: (found.get(f"best_by_{key}") or {}).get(policy) for key, who in BEST_BY.items()}
         rows = []
         for point in points:
-            marks = " and ".join(f"best by {who}" for who, step in best.items() if step == point.get("step"))
-            cells = [text(point.get(name)) for name in ("step", "episodes", "kl")]
-            cells += [bracketed(point.get("proxy")), bracketed(point.get("judge")), text(point.get("length"))]
-            rows.append([*cells, marks])
-        columns = ["step", "episodes", "KL", "proxy reward", "judge", "length", ""]
-        tables.append(Table(columns, rows, title=f"{NAMES.get(policy, policy)}'s checkpoints", others=(6,)))
+            cells = [text(point.get("step")), text(point.get("episodes")), rounded(point.get("kl"), 2)]
+            cells += [*(bracketed(point.get(key)) for key in intervals), rounded(point.get("length"), 1)]
+            rows.append(
+                [*cells, " and ".join(f"best by {who}" for who, step in best.items() if step == point.get("step"))]
+            )
+        columns = ["iterations", "episodes", "KL", *intervals.values(), "length", ""]
+        tables.append(Table(columns, rows, title=f"{titles.get(policy, policy)} along its run", others=(7,)))
+    several = found.get("best_of_n") or []
+    if several:
+        rows = [
+            [text(row["n"]), rounded(row["kl_bound"], 2), *(bracketed(row[key]) for key in BEST_BY)] for row in several
+        ]
+        tables.append(Table(["n", "KL at most", "reward", "judge"], rows, title="Best of n beside it"))
     buckets = found.get("by_length") or []
     if buckets:
-        names = list(buckets[0]["gain"]) if isinstance(buckets[0].get("gain"), Mapping) else ["gain"]
-        rows = []
-        for one in buckets:
-            gains = one["gain"] if isinstance(one["gain"], Mapping) else {"gain": one["gain"]}
-            rows.append([one["bucket"], text(one.get("n")), *(bracketed(gains.get(name)) for name in names)])
-        columns = ["length", "n", *(NAMES.get(name, name) for name in names)]
-        tables.append(Table(columns, rows, title="Reward gain over SFT within lengths"))
+        counted, gained = ([*dict.fromkeys(name for row in buckets for name in row[key])] for key in ("n", "gain"))
+        rows = [
+            [row["bucket"], *(text(row["n"].get(m)) for m in counted), *(bracketed(row["gain"].get(m)) for m in gained)]
+            for row in buckets
+        ]
+        heads = [f"{titles.get(m, m)}, answers" for m in counted] + [f"{titles.get(m, m)} - SFT" for m in gained]
+        tables.append(Table(["length", *heads], rows, title="Reward gained among answers of like length"))
     return tables
+
+
+BEST_BY = {"proxy": "the reward", "judge": "the judge"}
+
+
+def rounded(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def gold(metrics: Metrics) -> Table | None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from instructrl.display import printable
 from instructrl.reporting import samples
+from instructrl.stages import overoptimisation
 from instructrl.stages.claims import FAILS, HOLDS, UNDECIDED
 from instructrl.stages.markup import cell, code, fenced, grid
 from instructrl.stages.names import BASELINE, BEST, NAMES
@@ -153,6 +154,7 @@ def markdown(metrics: dict, shown: list[dict]) -> str:
         *gold_section(metrics),
         *tax_section(metrics),
         *reward_model_section(metrics),
+        *overoptimisation.section(metrics),
         *sample_section(shown),
         "## How this was made",
         making(metrics),

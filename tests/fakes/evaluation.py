@@ -8,6 +8,7 @@ import pyarrow.parquet
 
 from instructrl import jobs
 from instructrl.artifacts import Artifact
+from instructrl.recipe import compose_recipe
 from instructrl.stages import report
 from instructrl.stages.names import NAMES
 
@@ -118,8 +119,10 @@ MORE = {
                     "step": 4 * step,
                     "episodes": 128 * step,
                     "kl": 0.3 * step**2,
+                    "distance": math.sqrt(0.3) * step,
                     "proxy": around(0.4 * step, 0.1),
                     "judge": around(0.5 + 0.1 * step - 0.02 * step**2),
+                    "win_rate": around(0.5 + 0.05 * step - 0.01 * step**2),
                     "length": 9.0,
                 }
                 for step in range(6)
@@ -127,12 +130,29 @@ MORE = {
             for name in ("ppo", "ppo_ptx")
         },
         "best_of_n": [
-            {"n": n, "kl_bound": math.log(n) - (n - 1) / n, "proxy": around(0.3 * n), "judge": around(0.5 + 0.02 * n)}
+            {
+                "n": n,
+                "kl_bound": math.log(n) - (n - 1) / n,
+                "distance": math.sqrt(math.log(n) - (n - 1) / n),
+                "proxy": around(0.3 * n),
+                "judge": around(0.5 + 0.02 * n),
+            }
             for n in (1, 2, 4, 8)
         ],
-        "best_by_judge": {"ppo": 8},
-        "best_by_proxy": {"ppo": 20},
-        "by_length": [{"bucket": "1-5 tokens", "n": 8, "gain": {"ppo": around(0.3), "ppo_ptx": around(0.2)}}],
+        "best_by_judge": {"ppo": 8, "ppo_ptx": 8},
+        "best_by_proxy": {"ppo": 20, "ppo_ptx": 20},
+        "lost_since_best": {"ppo": around(0.1), "ppo_ptx": around(0.1)},
+        "by_length": [
+            {
+                "bucket": "1-5 tokens",
+                "n": {"sft": 30, "ppo": 31, "ppo_ptx": 8},
+                "gain": {"ppo": around(0.3), "ppo_ptx": None},
+            }
+        ],
+        "within_length": {
+            "ppo": {"gain": around(0.4), "within": around(0.3)},
+            "ppo_ptx": {"gain": around(0.4), "within": None},
+        },
         "notes": ["The judge peaks before the proxy."],
     },
     "scorecard": [
@@ -200,7 +220,7 @@ def supervised_log(lines: int = 8) -> list[dict]:
 
 def make(arguments: list[str], more: dict | None = None, logs: bool = True) -> Artifact:
     """The artifacts of a recipe, as if it had run to its end; returns that of eval. `more`: of `metrics.json`."""
-    job = jobs.plan_job(None, arguments)
+    job = jobs.plan_job(None, arguments, (), compose_recipe(arguments), {})
     made: dict[str, Artifact] = {}
     for step in job.plan:
         name = step.stage.name
