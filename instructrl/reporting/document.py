@@ -13,7 +13,7 @@ from instructrl.reporting.runs import SAMPLES, Run
 from instructrl.stages.names import BASELINE
 from instructrl.stages.report import shares
 
-SHOWN = 60
+SHOWN = 40
 """Prompts side by side in report.html; report.md has `eval.samples_shown`."""
 
 SCALE = (

@@ -36,7 +36,7 @@ MARKERS = {"gpt": "s", "gpt-prompted": "D", "sft": "^", "ppo": "o", "ppo-ptx": "
 DASHES = {"gpt": ":", "sft": "-.", "ppo-ptx": (0, (5, 1.5))}  # of lines; others are solid
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same sizes everywhere
-    "font.size": 9,
+    "font.size": 9.5,
     "axes.titlesize": 9.5,
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
@@ -53,7 +53,7 @@ STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "instructrl",  # the same numbers give the same bytes
 }
-NARROW, WIDE = 3.7, 5.4  # inches: a panel of many, and a chart; readable on a phone without scrolling
+NARROW, WIDE = 3.7, 5.0  # inches: a panel of many, and a chart; readable on a phone without scrolling
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 
 

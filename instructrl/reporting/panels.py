@@ -79,7 +79,7 @@ def panel(name: str, title: str, unit: str, curves: Sequence[Curve], places: str
             x, y = zip(*at, strict=True)
             style, lone = dashes(colour) if named else "-", "o" if len(at) == 1 else None
             axes.plot(x, y, color=ink(colour), linestyle=style, marker=lone, label=label(called))
-        figure.text(0.01, 0.94, title, weight="bold")
+        figure.text(0.01, 0.94, title, weight="bold", fontsize=9)
         figure.text(0.99, 0.94, unit, horizontalalignment="right", color=ink("muted"), fontsize=8)
         axes.set_xlabel(places, color=ink("muted"), fontsize=8, loc="right", labelpad=2)
         axes.tick_params(labelsize=8)
