@@ -120,6 +120,9 @@ def test_samples_are_side_by_side_and_know_what_they_are_filtered_by(whole: tupl
     assert not [one for one in shown if "hidden" in one]  # without the script all are there
     assert "hidden" in page.all("form")[0]
     assert shown[0]["data-case"] == "generation"
+    offered = {option["value"] for option in page.all("option")}
+    assert {one["data-case"] for one in shown} < offered  # the whole value: an option's text would lose line ends
+    assert {verdict for one in shown for verdict in str(one["data-verdicts"]).split("|")} < offered
     assert "PPO loses to SFT" in shown[0]["data-verdicts"].split("|")
     for model in ("gpt", "gpt_prompted", "sft", "ppo", "ppo_ptx", "best_of_n"):
         assert f"{model} says 3 at 1" in page.text
