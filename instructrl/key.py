@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from importlib.metadata import version
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from instructrl import tasks
 from instructrl.config import Recipe, Source
 from instructrl.errors import UserError
 from instructrl.keys import dotted
+from instructrl.packages import installed
 from instructrl.pipeline import Stage
 from instructrl.stages import sources
 
@@ -27,6 +28,9 @@ TRL_STAGES = (
     "judge",
     "ppo_init",
 )  # TRL's trainer is their algorithm, and changes with its minor version
+ADDED = {"ppo": {"snapshots": 0}, "ppo_ptx": {"snapshots": 0}}
+"""Keys that came after artifacts were made: at this value they compute what was computed without them, and are left
+out, so that those artifacts stay good."""
 MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")  # configuration, weights, tokenizer, code
 WORTH_REMEMBERING = 8 * 2**20  # bytes; a smaller file is hashed in milliseconds
 SETTLED_SECONDS = 2  # a file changed this recently may change again within its time stamp's resolution
@@ -35,14 +39,26 @@ Location = tuple[str | int, ...]  # ("data", "rankings", 0, "path")
 Where = Callable[[Location], str]
 
 
+ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
 def canonical(value: object) -> str:
     """The one JSON text of a value: sorted keys, no spaces, ASCII, no nan."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return ENCODER.encode(value)
+
+
+class Key(dict[str, Any]):
+    """The key of a stage, not to be changed: its digest is computed once, which plans of large sweeps need."""
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 of its canonical JSON, 64 hex digits."""
+        return hashlib.sha256(canonical(self).encode()).hexdigest()
 
 
 def digest(value: object) -> str:
     """The sha256 of a value's canonical JSON, 64 hex digits."""
-    return hashlib.sha256(canonical(value).encode()).hexdigest()
+    return value.digest if isinstance(value, Key) else hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
 def fingerprint(key: dict[str, Any]) -> str:
@@ -98,7 +114,7 @@ def file_sha256(path: Path) -> str:
 
 def stage_key(
     stage: Stage, recipe: Recipe, upstream: Mapping[str, dict[str, Any]], contents: Mapping[Location, str]
-) -> dict[str, Any]:
+) -> Key:
     """Everything the stage's result depends on, as JSON.
 
     Args:
@@ -111,15 +127,21 @@ def stage_key(
         for part in parents:
             section = section[part]
         section[last] = content
-    key = {
-        "stage": stage.name,
-        "version": stage.version,
-        "config": {name: values[name] for name in stage.reads},
-        "inputs": {name: fingerprint(upstream[name]) for name in stage.needs},
-    }
+    key = Key(
+        stage=stage.name,
+        version=stage.version,
+        config={name: without_added(name, values[name]) for name in stage.reads},
+        inputs={name: fingerprint(upstream[name]) for name in stage.needs},
+    )
     if stage.name in TRL_STAGES:
-        key["packages"] = {"trl": ".".join(version("trl").split(".")[:2])}
+        key["packages"] = {"trl": ".".join(installed("trl").split(".")[:2])}
     return key
+
+
+def without_added(section: str, values: Any) -> Any:
+    """A section's values, less the `ADDED` keys that change nothing."""
+    added = ADDED.get(section, {})
+    return {key: value for key, value in values.items() if key not in added or value != added[key]} if added else values
 
 
 def local_contents(recipe: Recipe, sections: Collection[str], hashes: Hashes, where: Where) -> dict[Location, str]:

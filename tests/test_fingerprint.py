@@ -248,6 +248,17 @@ def test_each_key_reaches_what_reads_it(files: Path, key: str) -> None:
     assert len(found) == (1 if not reached({key}) else 1 + len(KEYS[key]))
 
 
+def test_a_key_that_came_later_leaves_older_artifacts_good(files: Path) -> None:
+    """At the value that computes what was computed without it, it is not in the key."""
+    recipe = Recipe.model_validate(MINE)
+    for value, there in ((0, False), (3, True)):
+        ppo = recipe.ppo.model_copy(update={"snapshots": value})
+        changed = recipe.model_copy(update={"ppo": ppo})
+        key = stage_key(stages(changed)["ppo"], changed, {name: {} for name in stages(changed)}, {})
+        assert ("snapshots" in key["config"]["ppo"]) == there
+        assert key["config"]["ppo"].keys() | {"snapshots"} == changed.model_dump()["ppo"].keys()
+
+
 # ---- one thing
 
 
@@ -384,9 +395,9 @@ def test_the_same_bytes_under_another_ending_are_another_thing(files: Path) -> N
 def test_a_patch_of_trl_changes_nothing_and_a_minor_version_what_trains_with_it(
     files: Path, monkeypatch: pytest.MonkeyPatch, version: str, again: set[str]
 ) -> None:
-    monkeypatch.setattr(instructrl.key, "version", lambda _: "1.16.0")
+    monkeypatch.setattr(instructrl.key, "installed", lambda _: "1.16.0")
     before = fingerprints(Recipe.model_validate(MINE))
-    monkeypatch.setattr(instructrl.key, "version", lambda _: version)
+    monkeypatch.setattr(instructrl.key, "installed", lambda _: version)
     after = fingerprints(Recipe.model_validate(MINE))
     below = again | ({"ppo", "ppo_ptx", "eval"} if again else set())
     assert {name for name in before if before[name] != after[name]} == below

@@ -124,7 +124,7 @@ class Harness:
 
 
 def run(trial: Trial, policy: Policy, recipe: Recipe) -> list[dict]:
-    """What a model does on a task, a row a metric: {task, prompt, shots, metric, higher_is_better, n, cut, value, draws}
+    """A model on a task. A row a metric: {task, prompt, shots, metric, higher_is_better, n, cut, value, draws}.
 
     `cut` is how many requests lost their beginning, as they were too long for the model.
 
