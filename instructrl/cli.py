@@ -7,21 +7,10 @@ from typing import Annotated
 
 import typer
 
-from instructrl import __version__
+from instructrl import __version__, housekeeping
 from instructrl.errors import UserError
-
-STAGES = {  # as in `pipeline.NAMES`; importing that would import pydantic, which takes longer than all of `--help`
-    "data": "demonstrations, rankings, prompts and text",
-    "pretrain": "a base model from scratch, where model.path is null",
-    "sft": "the supervised policy",
-    "label": "rankings of SFT's own answers, where data.world is set",
-    "reward_model": "the reward model",
-    "judge": "a second reward model, to compare answers in eval",
-    "ppo_init": "the policy that PPO starts from, if not sft",
-    "ppo": "the PPO policy",
-    "ppo_ptx": "the PPO-ptx policy",
-    "eval": "win rates, the alignment tax and the report",
-}
+from instructrl.options import STAGES, DryRun, Force, Json, Multirun, Overrides, complete_stage
+from instructrl.reporting import commands as reporting
 
 SOMETHING_TO_RUN = 3  # the status of `plan --check`; 1 and 2 are errors
 
@@ -31,39 +20,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="InstructGPT from one recipe: SFT, a reward model, PPO and PPO-ptx, and what alignment bought and cost.",
 )
-
-
-def complete(incomplete: str) -> list[str]:
-    """Shell completion of `recipe=NAME` and `key=`."""
-    from instructrl.keys import every_key
-    from instructrl.recipe_files import recipe_names
-
-    choices = [f"recipe={name}" for name in recipe_names()] + [f"{key}=" for key in every_key()]
-    return [choice for choice in choices if choice.startswith(incomplete)]
-
-
-def complete_stage(incomplete: str) -> list[str]:
-    """Shell completion of a stage's name."""
-    return [name for name in STAGES if name.startswith(incomplete)]
-
-
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[recipe=NAME] [KEY=VALUE]...",
-        help="A shipped recipe or a .yaml file (default: tiny), then values that replace the recipe's.",
-        autocompletion=complete,
-    ),
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", "-n", help="Show the plan and stop.")]
-Force = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="STAGE", help="Run this stage and everything downstream again.", autocompletion=complete_stage
-    ),
-]
-Multirun = Annotated[bool, typer.Option("--multirun", "-m", help="Run every combination of KEY=A,B values.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command("run-all")
@@ -125,50 +81,8 @@ def show(
     typer.echo(printout.artifact_as_json(job, name) if as_json else printout.artifact_as_text(job, name))
 
 
-Runs = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[RUN] [KEY=VALUE]...",
-        help="A recipe's name or file (default: tiny), the folder of an artifact of eval, or the beginning of its "
-        "fingerprint; then values that replace the recipe's.",
-        autocompletion=complete,
-    ),
-]
-
-
-@app.command()
-def report(
-    words: Runs = None,
-    samples: Annotated[int | None, typer.Option(metavar="N", min=0, help="Prompts shown side by side.")] = None,
-) -> None:
-    """Write report.html and report.md anew from artifacts, without evaluating again."""
-    from instructrl.reporting import document, runs
-
-    one, overrides = runs.one(words or [])
-    path = document.write(runs.find(one, overrides), document.SHOWN if samples is None else samples)
-    typer.echo(f"The report: {path}")
-
-
-@app.command()
-def compare(
-    words: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="RUN RUN [KEY=VALUE]...",
-            help="Two recipes, each with values of its own if you quote it ('tiny seed=1'), or folders or fingerprints "
-            "of eval; then values that both get.",
-            autocompletion=complete,
-        ),
-    ],
-) -> None:
-    """Show two runs side by side: what differs in their recipes, and what came out."""
-    from instructrl import printout
-    from instructrl.reporting import comparison, runs
-
-    named, overrides = runs.split(words)
-    one, other = (runs.find(name, overrides) for name in runs.two(named))
-    printout.show_comparison(comparison.tables(one, other))
-    typer.echo(f"The comparison: {comparison.write(one, other)}")
+housekeeping.add(app)
+reporting.add(app)
 
 
 def stage_command(name: str) -> Callable[..., None]:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -17,7 +16,6 @@ from instructrl.plan import StagePlan
 
 if TYPE_CHECKING:
     from instructrl.jobs import Job
-    from instructrl.reporting.tables import Table
 
 
 def recipe_as_yaml(recipe: Recipe) -> str:
@@ -185,19 +183,11 @@ def show_result(job: "Job", artifacts: dict[str, Artifact]) -> None:
         show_table(metrics.get("table"))
         show_table(metrics.get("use_case_table"))
         if (artifact.path / "report.md").exists():
-            print(f"The report: {report_path(job, artifact)}")
+            from instructrl.reporting import document
+
+            print(f"The report: {document.current(job.arguments, artifact)}")
     else:
         print(f"{job.target}: {artifact.path}")
-
-
-def report_path(job: "Job", artifact: Artifact) -> Path:
-    """The page of a finished evaluation, written if it is not there or older."""
-    from instructrl.reporting import document, runs
-
-    made = runs.of_recipe(job.arguments)
-    path = made.folder / "report.html"
-    there = path.exists() and path.stat().st_mtime >= artifact.made.get("published", 0)
-    return path if there else document.write(made)
 
 
 def show_table(table: object) -> None:
@@ -209,20 +199,11 @@ def show_table(table: object) -> None:
         print(note)
 
 
-def show_comparison(tables: Sequence["Table"]) -> None:
-    """The tables of two runs."""
-    for table in tables:
-        if table.rows:
-            print_table(table.columns, table.rows, table.words)
-        for note in table.notes:
-            print(note.replace("`", ""))
-
-
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], words: int = 1) -> None:
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], left: int = 1) -> None:
     """A table as wide as it needs to be where the output is no terminal, else as wide as the terminal.
 
     Args:
-        words: so many columns, from the left, are words and not numbers.
+        left: how many columns are text; the others are numbers, and stand at the right.
     """
     from rich import box
     from rich.console import Console
@@ -232,7 +213,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], words: in
     console = Console()
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for position, column in enumerate(columns):
-        drawn.add_column(Text(str(column)), justify="left" if position < words else "right")
+        drawn.add_column(Text(str(column)), justify="left" if position < left else "right")
     for row in rows:
         drawn.add_row(*(Text(number(cell) if is_number(cell) else printable(str(cell))) for cell in row))
     if not console.is_terminal:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from instructrl.reporting.charts import as_interval, task_name
+from instructrl.stages import tax as taxes
 from instructrl.stages.claims import FAILS, HOLDS
 from instructrl.stages.names import NAMES
 from instructrl.stages.report import WHAT_CHANGES, number, shares, signed
@@ -43,8 +44,8 @@ class Table:
         return column < self.words or column in self.others
 
     def colour(self, text: str) -> str:
-        """The CSS class of a cell with a verdict."""
-        return COLOURS.get(text, "")
+        """The CSS class of a cell that is, or ends with, a verdict."""
+        return COLOURS.get(text) or COLOURS.get(text.rpartition("] ")[2], "")
 
 
 def made(found: Mapping[str, Any] | None, title: str = "", words: int = 1) -> Table | None:
@@ -77,7 +78,8 @@ def scorecard(metrics: Metrics) -> Table | None:
         paper, yours = one.get("paper") or {}, one.get("yours") or {}
         ours, n = yours.get("number"), yours.get("n")
         shown = bracketed(ours) + (f" (n={n})" if n else "")
-        rows.append([one["claim"], one["text"], text(paper.get("number")), text(paper.get("where")), shown])
+        about = f" ({yours['note']})" if yours.get("note") else ""
+        rows.append([one["claim"], one["text"] + about, text(paper.get("number")), text(paper.get("where")), shown])
         rows[-1] += [one["verdict"], text(one.get("scale"))]
     columns = ["claim", "what the paper says", "its number", "where", "yours [95 %]", "verdict", "scale"]
     return Table(columns, rows, title="Paper versus this run", words=2, others=(3, 4, 5, 6))
@@ -151,24 +153,35 @@ def tax(metrics: Metrics, key: str, whole: str, title: str) -> list[Table]:
     ]
 
 
-def harness(metrics: Metrics) -> Table | None:
-    """Every model on every task, its change from the base model, and the verdict on it."""
+def harness(metrics: Metrics) -> list[Table]:
+    """Every model on every task, and its change from the base model with the verdict on it."""
     found = metrics.get("harness")
     if not found:
-        return None
-    names = [name for name in NAMES if any(name in one.get("models", {}) for one in found)]
-    rows = []
+        return []
+    names = [name for name in NAMES if any(name in one["models"] for one in found)]
+    values, changes = [], []
     for one in found:
-        cells = []
-        for name in names:
-            verdict = (one.get("verdict") or {}).get(name, "")
-            cells += [shares(as_interval(one["models"].get(name))) + (f" {verdict}" if verdict else "")]
-        better = "" if one.get("higher_is_better", True) else " (lower is better)"
-        rows.append([task_name(one) + better, text(one.get("n")), *cells])
+        better = "\u2191" if one["higher_is_better"] else "\u2193"
+        labels = [task_name(one), text(one.get("n")), better]
+        values.append([*labels, *(taxes.shown(one, one["models"][m]) if m in one["models"] else "-" for m in names)])
+        changes.append([labels[0], *(changed(one, m) for m in names if m != taxes.BASE)])
+        changes[-1] += [taxes.signed(one, one["recovery"]) if one.get("recovery") else "-"]
     notes = [
-        "Metrics with 95 % intervals; verdicts compare with GPT, paired: taxed, recovered, improved, or unchanged."
+        "Taxed: the whole interval is on the worse side. Recovered: PPO is taxed, PPO-ptx is not, and clearly better."
     ]
-    return Table(["task", "n", *(NAMES[name] for name in names)], rows, notes, "Public NLP tasks")
+    titles = [NAMES[name] for name in names]
+    others = [NAMES[name] for name in names if name != taxes.BASE]
+    return [
+        Table(["task", "n", "better", *titles], values, title="Public NLP tasks"),
+        Table(["task", *others, "PPO-ptx - PPO"], changes, notes, "Change from GPT, paired"),
+    ]
+
+
+def changed(row: Metrics, model: str) -> str:
+    """`-0.100 [-0.130, -0.070] taxed`"""
+    if not row["deltas"].get(model):
+        return "-"
+    return f"{taxes.signed(dict(row), row['deltas'][model])} {(row.get('verdict') or {}).get(model, '')}".rstrip()
 
 
 def overoptimisation(metrics: Metrics) -> list[Table]:

@@ -6,8 +6,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from instructrl.display import printable
-from instructrl.reporting import samples
-from instructrl.stages import overoptimisation
+from instructrl.stages import overoptimisation, tax
 from instructrl.stages.claims import FAILS, HOLDS, UNDECIDED
 from instructrl.stages.markup import cell, code, fenced, grid
 from instructrl.stages.names import BASELINE, BEST, NAMES
@@ -153,6 +152,7 @@ def markdown(metrics: dict, shown: list[dict]) -> str:
         "corrected for the number of claims or of tasks. One run with one seed: another seed may move what is close.",
         *gold_section(metrics),
         *tax_section(metrics),
+        *tax.section(metrics.get("harness", [])),
         *reward_model_section(metrics),
         *overoptimisation.section(metrics),
         *sample_section(shown),
@@ -343,6 +343,8 @@ def indented(text: str) -> list[str]:
 
 def shown(study: "Study", scores: "Scores") -> list[dict]:
     """A handful of prompts with every model's answer: one of each category in turn, in the order of the prompts."""
+    from instructrl.reporting import samples
+
     settings = study.recipe.eval
     found = samples.side_by_side(scores.rows(), study.names, settings.temperature, settings.samples_shown)
     return samples.for_markdown(found)

@@ -104,6 +104,8 @@ MORE = {
             "shots": 15,
             "prompt": None,
             "n": 128,
+            "cut": {"gpt": 0},
+            "recovery": around(0.09, 0.03),
             "models": {name: around(0.6) for name in ("gpt", "sft", "ppo", "ppo_ptx")},
             "deltas": {
                 name: around(shift, 0.03) for name, shift in (("sft", -0.02), ("ppo", -0.1), ("ppo_ptx", -0.01))
@@ -159,8 +161,8 @@ MORE = {
         {
             "claim": "C1",
             "text": "Labelers prefer PPO-ptx to SFT",
-            "paper": {"number": 0.71, "where": "Fig. 1"},
-            "yours": {"number": around(0.6), "n": 24},
+            "paper": {"number": "71 %", "where": "Fig. 1"},
+            "yours": {"number": around(0.6), "n": 24, "note": "on the closest task"},
             "verdict": "direction only",
             "scale": "0.4 M parameters against 175 B.",
         },
@@ -168,7 +170,7 @@ MORE = {
             "claim": "C2",
             "text": "K-wise beats shuffled pairs",
             "paper": {"number": None, "where": "App. C.2"},
-            "yours": {"number": None, "n": None},
+            "yours": {"number": None, "n": None, "note": ""},
             "verdict": "not measured",
             "scale": None,
         },
