@@ -140,11 +140,11 @@ def test_the_tax_is_that_of_the_task_with_the_clearest_loss():
     assert (lost["verdict"], back["verdict"]) == (DIRECTION, REPRODUCED)
     assert back["yours"]["number"] == flat(0.19)
     squad = {"task": "squadv2", "metric": "f1", "higher_is_better": True, "shots": 4, "prompt": None, "n": 600}
-    squad |= {"deltas": {"ppo": flat(-40.0)}, "models": {"ppo": flat(30.0), "ppo_ptx": flat(60.0)}}  # in points
-    lost, back = row("C6", "PPO loses", harness=[squad]), row("C6", "PPO-ptx wins", harness=[squad])
-    assert lost["yours"]["note"] == "on squadv2 (f1, 4 shots)"
-    assert lost["yours"]["number"] == pytest.approx([-0.4, -0.4002, -0.3998])
-    assert back["yours"]["number"] == pytest.approx([0.3, 0.2996, 0.3004])
+    squad |= {"deltas": {"ppo": flat(-0.4)}, "recovery": flat(0.3)}
+    bleu = squad | {"task": "fr_en", "metric": "bleu", "deltas": {"ppo": flat(-30, 10)}}  # up to 100
+    lost, back = row("C6", "PPO loses", harness=[bleu, squad]), row("C6", "PPO-ptx wins", harness=[squad])
+    assert lost["yours"]["note"] == back["yours"]["note"] == "on squadv2 (f1, 4 shots)"
+    assert (lost["yours"]["number"], back["yours"]["number"]) == (flat(-0.4), flat(0.3))
     assert not measured.capability(squad | {"prompt": "biased"})
     assert row("C6", "PPO loses", tax={"tasks": {}, "text_loss": {}})["verdict"] == NOT_MEASURED
 

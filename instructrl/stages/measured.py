@@ -116,22 +116,17 @@ def labeler_gap(metrics: dict) -> Yours | None:
 
 
 def taxes(metrics: dict) -> dict[str, tuple[Interval, Interval, int]]:
-    """{public task: (PPO - GPT, PPO-ptx - PPO, questions)} in shares, more is better. Of the harness' tasks the
-    second is not paired."""
+    """{public task: (PPO - GPT, PPO-ptx - PPO, questions)} in shares, paired; more is better."""
     found = {}
     for task, changes in metrics["tax"]["tasks"].items():
         n = metrics["tax"].get("questions", {}).get(task, 0)
         found[task] = Interval(*changes["ppo - gpt"]), Interval(*changes["ppo_ptx - ppo"]), n
     for row in metrics.get("harness") or ():
-        deltas, models = row["deltas"], row["models"]
-        if "ppo" not in deltas or not {"ppo", "ppo_ptx"} <= models.keys() or not capability(row):
-            continue
-        unit = 100 if max(mean for mean, _, _ in models.values()) > 1 else 1
-        lost, back = (
-            Interval(*(part / unit for part in one)) for one in (deltas["ppo"], apart(models["ppo_ptx"], models["ppo"]))
-        )
-        shots = f", {row['shots']} shots" if row["shots"] else ""
-        found[f"{row['task']} ({row['metric']}{shots})"] = lost, back, row["n"]
+        if capability(row):
+            unit = 100 if row["metric"] == "bleu" else 1
+            lost, back = (Interval(*(part / unit for part in one)) for one in (row["deltas"]["ppo"], row["recovery"]))
+            shots = f", {row['shots']} shots" if row["shots"] else ""
+            found[f"{row['task']} ({row['metric']}{shots})"] = lost, back, row["n"]
     return found
 
 

@@ -87,7 +87,7 @@ def here(metrics: dict) -> str:
 JUDGED = "The paper's judges are people and its models have up to 175 billion parameters; here it is {here}."
 SAME_SIZE = "The paper compares 175B with 175B; here one size is compared with itself: {here}."
 HARNESS = "It needs eval.tasks; the paper's number is of 175 billion parameters and would not be met by a small model."
-SWEEP = "One run cannot show it: it takes a sweep of whole runs, as in recipes/ablations."
+SWEEP = "One run cannot show it: it takes a sweep of whole runs."
 
 CLAIMS = (
     Claim(
