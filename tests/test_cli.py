@@ -14,7 +14,7 @@ import pytest
 import yaml
 from conftest import ROOT, Instructrl
 
-from instructrl import __version__, cli, options
+from instructrl import __version__, cli, drift, options
 from instructrl.display import Plain, duration, number
 from instructrl.packages import installed
 from instructrl.pipeline import LAST, NAMES

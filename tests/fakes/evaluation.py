@@ -172,7 +172,7 @@ MORE = {
             "paper": {"number": None, "where": "App. C.2"},
             "yours": {"number": None, "n": None, "note": ""},
             "verdict": "not measured",
-            "scale": None,
+            "scale": "One world.",
         },
     ],
 }
