@@ -169,7 +169,7 @@ MORE = {
         {
             "claim": "C2",
             "text": "K-wise beats shuffled pairs",
-            "paper": {"number": None, "where": "App. C.2"},
+            "paper": {"number": "better", "where": "App. C.2"},
             "yours": {"number": None, "n": None, "note": ""},
             "verdict": "not measured",
             "scale": "One world.",
