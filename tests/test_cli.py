@@ -59,7 +59,18 @@ def test_help_names_every_command(instructrl: Instructrl) -> None:
     result = instructrl("--help")
     assert result.code == 0
     listed = re.findall(r"^  ([a-z-]+) ", result.out.split("Commands:")[1], re.MULTILINE)
-    assert listed == ["run-all", "plan", "config", "show", "runs", "clean", *(name.replace("_", "-") for name in NAMES)]
+    assert listed == [
+        "run-all",
+        "plan",
+        "config",
+        "show",
+        "runs",
+        "diff",
+        "verify",
+        "logs",
+        "clean",
+        *(name.replace("_", "-") for name in NAMES),
+    ]
     assert "..." not in result.out.split("Commands:")[1]  # every line is whole
 
 
