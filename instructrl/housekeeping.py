@@ -44,7 +44,7 @@ def diff(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show settings and metrics of two recipes or artifacts side by side."""
+    """Show settings and metrics of two recipes side by side."""
     from instructrl import comparison
 
     sides = comparison.compare(one, other, overrides or [])
