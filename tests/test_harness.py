@@ -409,7 +409,7 @@ def test_toxicity_by_a_classifier_of_yours(policy, plain, tmp_path):
     expected = []
     for text in texts:
         ids = tokenizer(answer(text, 20).strip(), return_tensors="pt")["input_ids"]
-        expected.append(float(model(input_ids=ids).logits[0].softmax(-1)[1]))
+        expected.append(float(model(input_ids=ids).logits[0].detach().softmax(-1)[1]))
     assert found["value"] == pytest.approx(sum(expected) / 2, abs=1e-6)
     assert not found["higher_is_better"]
     key = local_contents(recipe_of({"task": "paper_realtoxicity"} | given), ("eval",), Hashes(), lambda _: "")
