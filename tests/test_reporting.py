@@ -249,7 +249,7 @@ def test_run_all_ends_with_the_report(here: Path, instructrl: Instructrl) -> Non
     [
         (["tiny", "base.yaml"], "Only one run has a report at a time; you named tiny and base.yaml."),
         (["tinny"], "There is no recipe 'tinny'. Did you mean tiny?"),
-        (["abcdef"], "There is no artifact abcdef* in artifacts/eval."),
+        (["abcdef"], "There is no artifact eval/abcdef in artifacts; `instructrl runs` lists those there are."),
         (["."], ". is a folder without manifest.json; name the folder of an artifact of eval."),
     ],
 )

@@ -9,11 +9,11 @@ from typing import Any
 
 from instructrl import jobs
 from instructrl.artifacts import MANIFEST, ORDER, Artifact, Store, read_json
-from instructrl.config import Runtime
 from instructrl.errors import UserError
+from instructrl.find import find as find_artifact
 from instructrl.pipeline import LAST, NAMES
 from instructrl.recipe import DEFAULT_RECIPE, compose_recipe
-from instructrl.recipe_files import recipe_names
+from instructrl.recipe_files import is_recipe
 
 METRICS, SAMPLES, STEPS = "metrics.json", "samples.parquet", "log.jsonl"
 PREFIX = re.compile(r"[0-9a-f]{4,12}")  # of a fingerprint
@@ -178,23 +178,9 @@ def find(words: str, overrides: Sequence[str] = ()) -> Run:
     folder = Path(words).expanduser()
     if (folder / MANIFEST).is_file():
         return of_folder(folder)
-    if PREFIX.fullmatch(words) and words not in recipe_names():
-        return of_folder(with_fingerprint(words, overrides))
+    if PREFIX.fullmatch(words) and not is_recipe(words):
+        return of_folder(find_artifact(f"{LAST}/{words}", list(overrides)).path)
     if folder.is_dir():
         raise UserError(f"{words} is a folder without {MANIFEST}; name the folder of an artifact of {LAST}.")
     recipe, *values = shlex.split(words) or [""]
     return of_recipe([recipe if recipe.startswith("recipe=") else f"recipe={recipe}", *values, *overrides])
-
-
-def with_fingerprint(prefix: str, overrides: Sequence[str]) -> Path:
-    """The only artifact of eval whose fingerprint begins so."""
-    given = [value.partition("=")[2] for value in overrides if value.startswith("runtime.output_dir=")]
-    place = Path(given[-1] if given else Runtime().output_dir).expanduser() / LAST
-    found = sorted(folder for folder in place.glob(f"{prefix}*") if (folder / MANIFEST).is_file())
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise UserError(f"{prefix} is ambiguous: {', '.join(folder.name for folder in found)}.")
-    there = sorted(folder.parent.name for folder in place.glob(f"*/{MANIFEST}"))
-    listed = f" There are: {', '.join(there[:8])}{', ...' if len(there) > 8 else ''}." if there else ""
-    raise UserError(f"There is no artifact {prefix}* in {place}.{listed}")
