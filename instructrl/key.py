@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from instructrl import tasks
 from instructrl.config import Recipe, Source
 from instructrl.errors import UserError
 from instructrl.keys import dotted
@@ -27,6 +28,9 @@ TRL_STAGES = (
     "judge",
     "ppo_init",
 )  # TRL's trainer is their algorithm, and changes with its minor version
+ADDED = {"ppo": {"snapshots": 0}, "ppo_ptx": {"snapshots": 0}}
+"""Keys that came after artifacts were made: at this value they compute what was computed without them, and are left
+out, so that those artifacts stay good."""
 MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")  # configuration, weights, tokenizer, code
 WORTH_REMEMBERING = 8 * 2**20  # bytes; a smaller file is hashed in milliseconds
 SETTLED_SECONDS = 2  # a file changed this recently may change again within its time stamp's resolution
@@ -126,12 +130,18 @@ def stage_key(
     key = Key(
         stage=stage.name,
         version=stage.version,
-        config={name: values[name] for name in stage.reads},
+        config={name: without_added(name, values[name]) for name in stage.reads},
         inputs={name: fingerprint(upstream[name]) for name in stage.needs},
     )
     if stage.name in TRL_STAGES:
         key["packages"] = {"trl": ".".join(installed("trl").split(".")[:2])}
     return key
+
+
+def without_added(section: str, values: Any) -> Any:
+    """A section's values, less the `ADDED` keys that change nothing."""
+    added = ADDED.get(section, {})
+    return {key: value for key, value in values.items() if key not in added or value != added[key]} if added else values
 
 
 def local_contents(recipe: Recipe, sections: Collection[str], hashes: Hashes, where: Where) -> dict[Location, str]:
@@ -150,6 +160,10 @@ def local_contents(recipe: Recipe, sections: Collection[str], hashes: Hashes, wh
             named |= {("data", name, number, "path"): source for number, source in enumerate(listed)}
     if "eval" in sections and recipe.eval.labels:
         named["eval", "labels", "path"] = recipe.eval.labels
+    if "eval" in sections:
+        for number, task in enumerate(recipe.eval.tasks):
+            for name, source in tasks.sources_of(task).items():
+                named["eval", "tasks", number, name] = source
     contents, problems = {}, []
     for location, source in named.items():
         try:

@@ -10,6 +10,7 @@ import yaml
 from instructrl.artifacts import Artifact, read_json
 from instructrl.config import Recipe
 from instructrl.display import duration, is_number, number, printable
+from instructrl.drift import drift
 from instructrl.errors import UserError
 from instructrl.plan import StagePlan
 
@@ -28,6 +29,14 @@ def show_plans(planned: Sequence["Job"]) -> None:
         if len(planned) > 1:
             heading(job, position, len(planned))
         show_plan(job)
+    for line in warnings(planned):
+        print(line)
+
+
+def warnings(planned: Sequence["Job"]) -> list[str]:
+    """A line for each version that is no longer the one with which something was made that nothing makes again."""
+    used = ((step.stage.name, step.artifact) for job in planned for step in job.plan if step.artifact and not step.runs)
+    return [f"Warning: {line}. This makes nothing run again." for line in drift(used)]
 
 
 def show_plan(job: "Job") -> None:
@@ -63,6 +72,7 @@ def plans_as_json(planned: Sequence["Job"], multirun: bool) -> str:
             "recipe": job.composition.recipe.name,
             "arguments": job.arguments,
             "output_dir": str(job.store.root),
+            "warnings": warnings([job]),
             "stages": [
                 {
                     "stage": step.stage.name,
@@ -187,8 +197,12 @@ def show_table(table: object) -> None:
         print(note)
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table as wide as it needs to be where the output is no terminal, else as wide as the terminal."""
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], left: int = 1) -> None:
+    """A table as wide as it needs to be where the output is no terminal, else as wide as the terminal.
+
+    Args:
+        left: how many columns are text; the others are numbers, and stand at the right.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -197,7 +211,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     console = Console()
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for position, column in enumerate(columns):
-        drawn.add_column(Text(str(column)), justify="left" if position == 0 else "right")
+        drawn.add_column(Text(str(column)), justify="left" if position < left else "right")
     for row in rows:
         drawn.add_row(*(Text(number(cell) if is_number(cell) else printable(str(cell))) for cell in row))
     if not console.is_terminal:
