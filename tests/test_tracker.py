@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy
@@ -175,15 +176,29 @@ def runs_of_tensorboard(home: Path) -> list[dict]:
     return found
 
 
+def leveldb_records(log: bytes) -> Iterator[bytes]:
+    """The records of W&B's file: blocks of 32 KiB with fragments of records, each behind checksum, length and type, the
+    first block behind 7 bytes of its own (https://github.com/google/leveldb/blob/main/doc/log_format.md)."""
+    place, record = 7, b""
+    while place + 7 <= len(log):
+        room = 2**15 - place % 2**15
+        if room < 7:  # a header does not fit: zeros
+            place += room
+            continue
+        length, kind = int.from_bytes(log[place + 4 : place + 6], "little"), log[place + 6]
+        record += log[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last fragment
+            yield record
+            record = b""
+
+
 def runs_of_wandb(home: Path) -> list[dict]:
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
     found: dict[str, dict] = {}
     for path in sorted((home / "wandb").glob("offline-run-*/*.wandb")):
-        store = DataStore()
-        store.open_for_scan(str(path))
-        while data := store.scan_data():
+        for data in leveldb_records(path.read_bytes()):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(data)
             if record.run.run_id:
