@@ -640,6 +640,34 @@ def test_an_interrupted_evaluation_asks_no_finished_task_again(world, monkeypatc
     assert r"| choices (1-shot) | 12 | acc ↑ |" in printed
 
 
+def test_the_stages_metrics_are_those_of_its_models(world):
+    """After the test above: entropy and accuracy of every model, by transformers alone."""
+    _, inputs, folder = world
+    found = {
+        (row["task"], row["prompt"]): row for row in json.loads((folder / "eval/metrics.json").read_text())["harness"]
+    }
+    pairs = [json.loads(line) for line in (folder / "p.jsonl").read_text().splitlines()]
+    for name, stage_name in (("gpt", "pretrain"), ("sft", "sft"), ("ppo", "ppo"), ("ppo_ptx", "ppo_ptx")):
+        model = AutoModelForCausalLM.from_pretrained(inputs[stage_name] / "model").eval()
+        tokenizer = AutoTokenizer.from_pretrained(inputs["sft"] / "model")
+        entropies = []
+        for pair in pairs:
+            sums = []
+            for sentence in (pair["sent_more"], pair["sent_less"]):
+                ids = torch.tensor(
+                    [[tokenizer.bos_token_id, *tokenizer(sentence, add_special_tokens=False)["input_ids"]]]
+                )
+                with torch.no_grad():
+                    logits = model(ids).logits[0, :-1]
+                logits[:, tokenizer.pad_token_id] = -math.inf  # never sampled, so never a prediction
+                sums.append(logits.log_softmax(-1).double().gather(1, ids[0, 1:, None]).sum())
+            shares = torch.stack(sums).softmax(0)
+            entropies.append(float(-(shares * shares.log2()).sum()))
+        value = found["paper_crows_pairs", "basic"]["models"][name][0]
+        assert value == pytest.approx(sum(entropies) / 5, abs=1e-4)
+        assert 0 < value < 1
+
+
 def test_the_content_of_a_task_is_in_the_key(world):
     recipe, _, folder = world
     keys = []
