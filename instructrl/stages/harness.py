@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,9 +31,11 @@ from instructrl.stages import sources
 from instructrl.stages.harness_model import Policy
 from instructrl.stages.judging import NAMES
 from instructrl.stages.models import device
-from instructrl.stages.study import Study
 from instructrl.stages.toxicity import Toxicity
 from instructrl.stages.winrate import SEED
+
+if TYPE_CHECKING:
+    from instructrl.stages.study import Study
 
 FOLDER = "checkpoints/harness"
 SLOW_DRAWS = 100
@@ -75,7 +77,7 @@ def trials(recipe: Recipe) -> list[Trial]:
 class Harness:
     """The tasks and the models of one evaluation."""
 
-    def __init__(self, study: Study) -> None:
+    def __init__(self, study: "Study") -> None:
         self.study, self.trials = study, trials(study.recipe)
         self.names = [name for name in study.names if name in NAMES]  # best-of-n has SFT's weights
 
