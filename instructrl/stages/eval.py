@@ -7,6 +7,7 @@ next model, and with the next public task of a model. So are PPO's snapshots (`t
 """
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,6 +57,7 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
     metrics = measure(study, scores)
     if harness:
         metrics["harness"] = tax.measured(harness.read())
+        metrics["versions"]["lm_eval"] = version("lm_eval")
     write_table(folder / "samples.parquet", scores.rows(), SAMPLES)
     study.contract.save(folder, tokenizer=False)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")

@@ -57,6 +57,12 @@ class Trial:
     def key(self) -> str:
         return f"eval.tasks[{self.number}]"
 
+    def title(self, name: str) -> str:
+        """The name of one of its tasks for a reader: what reads any file is named with the file."""
+        card = tasks.cards().get(name)
+        generic = card and card.n is None and self.task.path
+        return f"{name}: {Path(self.task.path).name.partition('.')[0]}" if generic else name
+
     @property
     def file(self) -> str:
         """The name of what is kept of it."""
@@ -154,7 +160,7 @@ def run(trial: Trial, policy: Policy, recipe: Recipe) -> list[dict]:
                 aggregate = task.aggregation().get(metric, mean)
                 rows.append(
                     {
-                        "task": name,
+                        "task": trial.title(name),
                         "prompt": trial.prompt,
                         "shots": trial.task.shots,
                         "metric": metric if kind == "none" else f"{metric} ({kind})",
@@ -219,7 +225,8 @@ def made(name: str, own: dict[str, Any], known: TaskManager) -> dict[str, Harnes
     if entry.kind is Kind.GROUP:
         members = [{"group": name, **own}]
     else:
-        members = [{"task": one, **own} for one in sorted(entry.tags or [name])]
+        names = sorted(entry.tags) if entry.kind is Kind.TAG else [name]
+        members = [{"task": one, **own} for one in names]
     return known.load([{"group": "eval.tasks", "task": members}])["tasks"]
 
 
