@@ -218,6 +218,41 @@ def test_partial_from_other_inputs_is_started_over(here: Path, instructrl: Instr
     assert ran(here) == ["sft from 0"]
 
 
+def test_what_was_made_from_an_input_that_changed_meanwhile_is_thrown_away(
+    here: Path, spawn: Spawn, instructrl: Instructrl, fakes: None
+) -> None:
+    assert instructrl("data", "recipe=base.yaml").code == 0
+    write_script(here, sft={"steps": 8, "seconds": 0.2})
+    process = spawn("sft", "recipe=base.yaml")
+    until(step_reached(here, "sft", 1))
+    [written] = here.glob("artifacts/data/*/out.txt")
+    written.write_text(written.read_text().swapcase())
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert "sft: the artifact of data changed meanwhile (out.txt was changed)" in err
+    assert not partials(here)
+    write_script(here)
+    ran(here)
+    plan = instructrl("plan", "sft", "recipe=base.yaml")
+    assert "out.txt was changed" in plan.out
+    assert instructrl("sft", "recipe=base.yaml").code == 0
+    assert ran(here) == ["data from 0", "sft from 0"]
+    assert len(list(here.glob("artifacts/data/*.damaged"))) == 1
+
+
+def test_what_was_begun_from_a_damaged_input_is_started_over(
+    here: Path, instructrl: Instructrl, fakes: None
+) -> None:
+    write_script(here, sft={"steps": 4, "end": "kill"})
+    assert instructrl("sft", "recipe=base.yaml").code == 1
+    [written] = here.glob("artifacts/data/*/out.txt")
+    written.write_text(written.read_text().swapcase())  # perhaps before the killed stage read it
+    write_script(here)
+    ran(here)
+    assert instructrl("sft", "recipe=base.yaml").code == 0
+    assert ran(here) == ["data from 0", "sft from 0"]  # although data came out the same
+
+
 def test_interrupted_force_goes_on_with_the_same_force(here: Path, instructrl: Instructrl, fakes: None) -> None:
     assert instructrl("sft", "recipe=base.yaml").code == 0
     write_script(here, sft={"steps": 4, "end": "kill"})
