@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -34,13 +35,13 @@ def show_plan(job: "Job") -> None:
     width = max(len(step.stage.name) for step in job.plan)
     for step in job.plan:
         line = f"{verdict(step)}  {step.stage.name:<{width}}  {step.fingerprint}  {', '.join(step.why)}"
-        estimate = f"  (about {duration(step.seconds)})" if step.runs and step.seconds else ""
+        estimate = f"  (about {duration(step.estimate.seconds)})" if step.estimate else ""
         print(f"{line.rstrip()}{estimate}")
     running = [step for step in job.plan if step.runs]
     if not running:
         print(done(job))
         return
-    known = [step.seconds for step in running if step.seconds]
+    known = [step.estimate.seconds for step in running if step.estimate]
     estimate = f", about {duration(sum(known))} by last time" if len(known) == len(running) else ""
     print(f"{len(running)} of {len(job.plan)} stages to run{estimate}.", flush=True)
 
@@ -69,7 +70,7 @@ def plans_as_json(planned: Sequence["Job"], multirun: bool) -> str:
                     "fingerprint": step.fingerprint,
                     "path": str(job.store.path(step.stage.name, step.key)),
                     "why": list(step.why),
-                    "last_seconds": step.seconds,
+                    "estimate": step.estimate and asdict(step.estimate),
                     "needs": list(step.stage.needs),
                 }
                 for step in job.plan

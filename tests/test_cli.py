@@ -104,7 +104,7 @@ def test_plan_as_json(instructrl: Instructrl) -> None:
         "fingerprint": plan["stages"][0]["path"].rpartition("/")[2],
         "path": plan["stages"][0]["path"],
         "why": ["never ran"],
-        "last_seconds": None,
+        "estimate": None,
         "needs": [],
     }
     sweep = json.loads(instructrl("plan", "recipe=base.yaml", "seed=1,2", "--multirun", "--json").out)

@@ -240,9 +240,7 @@ def test_what_was_made_from_an_input_that_changed_meanwhile_is_thrown_away(
     assert len(list(here.glob("artifacts/data/*.damaged"))) == 1
 
 
-def test_what_was_begun_from_a_damaged_input_is_started_over(
-    here: Path, instructrl: Instructrl, fakes: None
-) -> None:
+def test_what_was_begun_from_a_damaged_input_is_started_over(here: Path, instructrl: Instructrl, fakes: None) -> None:
     write_script(here, sft={"steps": 4, "end": "kill"})
     assert instructrl("sft", "recipe=base.yaml").code == 1
     [written] = here.glob("artifacts/data/*/out.txt")

@@ -1,4 +1,4 @@
-"""`make chaos`: faults at random moments in every stage; then the same command again, and all must be as if nothing was.
+"""`make chaos`: faults at random moments in every stage; then the same command again, and all is as if nothing was.
 
 A trial takes a copy of a finished run, deletes one stage's artifact, has it made again, and does to it one of the
 faults below. Then the command is repeated until it succeeds. After that
@@ -269,7 +269,9 @@ class Outcome:
     seconds: float
 
 
-def attempt(number: int, seed: int, scratch: Path, reference: Path, durations: dict[str, float], faults: list) -> Outcome:
+def attempt(
+    number: int, seed: int, scratch: Path, reference: Path, durations: dict[str, float], faults: list
+) -> Outcome:
     """One trial, the same for the same number and seed but for the machine's pace."""
     rng = random.Random(f"{seed} {number}")
     fault = faults[number % len(faults)]
@@ -339,7 +341,11 @@ def main() -> int:
         ):
             outcomes.append(outcome)
             words = [f"{outcome.number:>4}", f"{outcome.fault}, {outcome.stage} after {outcome.moment:.1f} s"]
-            words += [outcome.said, "; ".join(outcome.problems).upper() or "as if nothing was", f"{outcome.seconds:.0f} s"]
+            words += [
+                outcome.said,
+                "; ".join(outcome.problems).upper() or "as if nothing was",
+                f"{outcome.seconds:.0f} s",
+            ]
             print("  ".join(filter(None, words)), flush=True)
     print(table(outcomes))
     wrong = any(outcome.problems for outcome in outcomes)
