@@ -10,6 +10,7 @@ import yaml
 from instructrl.artifacts import Artifact, read_json
 from instructrl.config import Recipe
 from instructrl.display import duration, is_number, number, printable
+from instructrl.drift import drift
 from instructrl.errors import UserError
 from instructrl.plan import StagePlan
 
@@ -28,6 +29,14 @@ def show_plans(planned: Sequence["Job"]) -> None:
         if len(planned) > 1:
             heading(job, position, len(planned))
         show_plan(job)
+    for line in warnings(planned):
+        print(line)
+
+
+def warnings(planned: Sequence["Job"]) -> list[str]:
+    """A line for each version that is no longer the one with which something was made that nothing makes again."""
+    used = ((step.stage.name, step.artifact) for job in planned for step in job.plan if step.artifact and not step.runs)
+    return [f"Warning: {line}. This makes nothing run again." for line in drift(used)]
 
 
 def show_plan(job: "Job") -> None:
@@ -63,6 +72,7 @@ def plans_as_json(planned: Sequence["Job"], multirun: bool) -> str:
             "recipe": job.composition.recipe.name,
             "arguments": job.arguments,
             "output_dir": str(job.store.root),
+            "warnings": warnings([job]),
             "stages": [
                 {
                     "stage": step.stage.name,

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 
-from instructrl.stages import claims, judging, preferences, report, use_cases
+from instructrl.stages import claims, judging, preferences, report, trajectory, use_cases
 from instructrl.stages.judging import BEST, NAMES
 from instructrl.stages.scores import Scores
 from instructrl.stages.study import GREEDY, Study
@@ -75,6 +75,7 @@ def measure(study: Study, scores: Scores) -> dict:
     won = labelled if labels else {name: scores.outcomes[name, t] for name in study.names}
     metrics["use_cases"] = use_cases.by_use_case(study.prompts, won, samples, FEWEST)
     metrics["use_case_table"] = use_cases.table(metrics["use_cases"], study.names, FEWEST)
+    metrics["overoptimisation"] = trajectory.measure(study, scores)
     return metrics
 
 
