@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from graphlib import TopologicalSorter
 from pathlib import Path
 from types import FrameType
@@ -23,9 +23,10 @@ from instructrl.artifacts import ERROR, LOG, ORDER, RESULT, Artifact, Store, rea
 from instructrl.config import Recipe
 from instructrl.display import Display
 from instructrl.errors import StageFailed, UserError
+from instructrl.failure import cause, oom_kills, writing
 from instructrl.launch import environment
 from instructrl.packages import packages
-from instructrl.plan import StagePlan, checkpoint_steps, continues
+from instructrl.plan import StagePlan, checkpoint_steps, continues, origin
 from instructrl.progress import read_progress
 
 SAVED_AND_STOPPED = 75  # sysexits.h EX_TEMPFAIL: the stage was asked to stop, saved a checkpoint and left
@@ -65,7 +66,8 @@ def run_plan(
         with run.signals(), display:
             run.loop()
     finally:
-        store.remember(recipe.name, {p.stage.name: p.key for p in plan if p.stage.name in run.artifacts})
+        with suppress(OSError):  # it is of use to the next plan only
+            store.remember(recipe.name, {p.stage.name: p.key for p in plan if p.stage.name in run.artifacts})
     run.conclude()
     return run.artifacts
 
@@ -115,6 +117,8 @@ class Run:
                         self.artifacts[name] = future.result()
                         self.store.remember(self.recipe.name, {name: self.plan[name].key})
                         sorter.done(name)
+                    elif isinstance(error, OSError):
+                        self.failures[name] = StageFailed(f"{name} {writing(error, self.store.root)}.")
                     elif isinstance(error, Exception):
                         self.failures[name] = error
                 if self.stop_signal and not announced:  # not in the handler: it may interrupt a print
@@ -147,7 +151,7 @@ class Run:
                     self.display.say(f"{name}: still good, what it was made from came out the same")
                     return there
             begun = read_json(partial / ORDER)
-            if not continues(begun, step.forced) or begun["digests"] != digests:
+            if not continues(begun, inputs, step.forced):
                 shutil.rmtree(partial, ignore_errors=True)  # begun from other inputs: not to be resumed
                 begun = {}
             partial.mkdir(parents=True, exist_ok=True)
@@ -158,7 +162,7 @@ class Run:
                     "module": step.stage.module or name,
                     "recipe": self.recipe.model_dump(mode="json"),
                     "inputs": {need: str(artifact.path) for need, artifact in inputs.items()},
-                    "digests": digests,
+                    **origin(inputs),
                     "forced": step.forced,
                     "spent": begun.get("spent", 0.0),  # seconds, by earlier attempts
                     "started": time.time(),
@@ -166,11 +170,28 @@ class Run:
                 write_atomically(partial / ORDER, json.dumps(order, indent=2))
                 (partial / ERROR).unlink(missing_ok=True)
                 self.process(step, partial, order, lock)
+            self.check_inputs(step, inputs, partial)
             spent = order["spent"] + max(0.0, (partial / RESULT).stat().st_mtime - order["started"])
             metrics = read_json(partial / RESULT)
             artifact = self.store.publish(name, key, digests, made(spent, self.command), metrics)
         self.display.end(name, spent, metrics)
         return artifact
+
+    def check_inputs(self, step: StagePlan, inputs: dict[str, Artifact], partial: Path) -> None:
+        """See that what the stage was made from is still what it was when the stage began.
+
+        Raises:
+            StageFailed: it is not. What the stage made is thrown away.
+        """
+        for need, artifact in inputs.items():
+            there, damage = self.store.look(need, artifact.key)
+            if damage or (there and there.digest != artifact.digest):
+                shutil.rmtree(partial, ignore_errors=True)
+                what = damage or "it was made again and came out otherwise"
+                raise StageFailed(
+                    f"{step.stage.name}: the artifact of {need} changed meanwhile ({what}), so what was made from it "
+                    "is thrown away."
+                )
 
     def process(self, step: StagePlan, partial: Path, order: dict, lock: int) -> None:
         """Run the stage's process to its end.
@@ -179,7 +200,7 @@ class Run:
             UserError: the stage says that the recipe or the data is wrong.
             StageFailed: it ended otherwise than by finishing.
         """
-        name, log = step.stage.name, partial / LOG
+        name, log, kills = step.stage.name, partial / LOG, oom_kills()
         with log.open("ab") as output:
             begin = output.tell()
             with self.guard:
@@ -203,10 +224,11 @@ class Run:
             return
         self.display.drop(name)
         order["spent"] += time.time() - order["started"]
-        write_atomically(partial / ORDER, json.dumps(order | {"started": time.time()}, indent=2))
-        raise self.failure(step, partial, code, begin)
+        with suppress(OSError):  # the disk may be what failed
+            write_atomically(partial / ORDER, json.dumps(order | {"started": time.time()}, indent=2))
+        raise self.failure(step, partial, code, begin, starved=oom_kills() > kills)
 
-    def failure(self, step: StagePlan, partial: Path, code: int, begin: int) -> UserError:
+    def failure(self, step: StagePlan, partial: Path, code: int, begin: int, starved: bool) -> UserError:
         """What to tell about a process that ended with this status, and whether to keep what it left."""
         name, said = step.stage.name, read_json(partial / ERROR)
         steps = checkpoint_steps(partial)
@@ -217,16 +239,10 @@ class Run:
         if self.stop_signal or code == SAVED_AND_STOPPED:
             saved = f"saved at step {max(steps)}" if steps else "had nothing to save yet"
             return StageFailed(f"{name} was stopped and {saved}.")
-        if said:
-            cause = f"failed: {said['message']}"
-        elif code < 0:
-            hint = "; was this machine out of memory?" if code == -signal.SIGKILL else ""
-            cause = f"was killed by {signal.Signals(-code).name}{hint}"
-        else:
-            cause = f"ended with status {code}"
         lines = tail(partial / LOG, begin)
+        told = cause(said, code, lines, starved, name, self.recipe, partial)
         shown = "".join(f"\n  | {line}" for line in lines)
-        return StageFailed(f"{name} {cause.rstrip('.')}.{shown}\nIts log: {partial / LOG}")
+        return StageFailed(f"{name} {told.rstrip('.')}.{shown}\nIts log: {partial / LOG}")
 
     def conclude(self) -> None:
         """Say what went wrong, if anything did."""
