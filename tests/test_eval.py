@@ -14,6 +14,7 @@ from instructrl.errors import UserError
 from instructrl.stages import answers, benchmarks, data, judging, models, numbers, report, study
 from instructrl.stages import eval as stage
 from instructrl.stages.contract import Contract
+from instructrl.stages.length_control import length_controlled
 from instructrl.stages.pretrain import make_tokenizer
 from instructrl.stages.tables import read_table
 from instructrl.trainers.rollout import generate, score_rewards
@@ -105,6 +106,36 @@ def test_win_rates_are_those_of_the_gold_preference(world_run):
             assert mean == pytest.approx(points / 24)
             assert 0 <= low <= mean <= high <= 1
     assert metrics["models"]["sft"]["win_rate"] == [0.5, 0.5, 0.5]
+
+
+def test_every_model_is_compared_with_every_other(world_run):
+    _, _, folder, _, metrics, rows = world_run
+    matrix = metrics["matrix"]
+    assert list(matrix) == [*judging.NAMES, "best_of_n"]
+    scores = {(row["model"], row["prompt"]): row["judge_score"] for row in rows if row["temperature"] == 1.0}
+    prompts = {row["prompt"] for row in rows}
+    for one, against in matrix.items():
+        assert set(against) == set(matrix) - {one}
+        for other, (mean, low, high) in against.items():
+            gaps = [scores[one, prompt] - scores[other, prompt] for prompt in prompts]
+            assert mean == pytest.approx(np.mean([0.5 if abs(gap) <= 1e-6 else float(gap > 0) for gap in gaps]))
+            assert 0 <= low <= mean <= high <= 1
+            assert matrix[other][one] == pytest.approx([1 - mean, 1 - high, 1 - low])
+    assert matrix["ppo"]["sft"] == metrics["models"]["ppo"]["win_rate"]
+    printed = (folder / "report.md").read_text()
+    assert "| PPO-ptx | " in printed.partition("## Win rates of all pairs")[2].partition("##")[0]
+
+
+def test_win_rates_at_equal_length_are_of_these_answers(world_run):
+    _, _, folder, _, metrics, rows = world_run
+    for name in ("gpt", "ppo", "best_of_n"):
+        ours, theirs = of(rows, name, 1.0), of(rows, "sft", 1.0)
+        lengths = [[row["tokens"] for row in found] for found in (ours, theirs)]
+        expected = length_controlled([row["against_sft"] for row in ours], *lengths, samples=200)
+        assert metrics["models"][name]["win_rate_length_controlled"] == pytest.approx(list(expected))
+    assert "win_rate_length_controlled" not in metrics["models"]["sft"]
+    section = (folder / "report.md").read_text().partition("## Win rates at equal length")[2].partition("##")[0]
+    assert section.count("\n| ") == 7  # a head, its line and five models
 
 
 def test_win_rates_by_use_case_are_those_of_its_samples(world_run):
@@ -427,7 +458,9 @@ def test_the_difference_of_two_models_takes_all_their_labels(tmp_path):
         for winner in winners
     ]
     found = judging.read_labels(labels(tmp_path, rows)).outcomes
-    assert numbers.paired_labels(found, 100) == (0.5, 0.5, 0.5)
+    gap = numbers.paired_labels(found, 100)
+    assert gap.mean == 0.5
+    assert 0 < gap.low < 0.5 < gap.high < 1  # all the same, but only ten
     assert numbers.paired_labels({name: dict(list(found[name].items())[1:]) for name in found}, 100) is None
 
 

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from instructrl.display import printable
+from instructrl.stages import matrix
 from instructrl.stages.claims import FAILS, HOLDS, UNDECIDED
 from instructrl.stages.judging import BASELINE, BEST, NAMES
 from instructrl.stages.markup import cell, code, fenced, grid
@@ -143,6 +144,7 @@ def markdown(metrics: dict, shown: list[dict]) -> str:
         "## Win rates",
         grid(metrics["table"]["columns"], metrics["table"]["rows"], escaped=True),
         win_rate_notes(metrics),
+        *matrix.sections(metrics),
         *use_case_section(metrics),
         "## The paper's claims on this run",
         claim_table(metrics["claims"]) if metrics["claims"] else verdicts([]),

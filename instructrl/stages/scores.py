@@ -59,6 +59,11 @@ class Scores:
         found = scorer.scores(study.prompts * len(keys), together, study.pad)
         return dict(zip(keys, np.split(found, len(keys)), strict=True))
 
+    def compared(self, one: str, other: str) -> np.ndarray:
+        """The outcomes of one model against another at the recipe's temperature. [prompts]"""
+        t = self.study.recipe.eval.temperature
+        return outcomes(self.judged[one, t], self.judged[other, t])
+
     def _kl(self) -> dict[tuple[str, float], np.ndarray]:
         """log p(answer) - log p_SFT(answer) of each sampled answer: its mean is the KL divergence per response."""
         study, t = self.study, self.study.recipe.eval.temperature

@@ -7,7 +7,7 @@ import numpy as np
 
 from instructrl.stages.judging import BASELINE
 from instructrl.stages.pool import normalized
-from instructrl.stages.winrate import interval
+from instructrl.stages.winrate import share
 
 OTHER = "(none)"
 """The use case of prompts that have none, beside others that do."""
@@ -50,7 +50,7 @@ def by_use_case(
             else:
                 values = [outcomes[number] for number in numbers]
             if model != BASELINE and values:
-                rates[model] = list(interval(values, samples)) if len(values) >= fewest else [float(np.mean(values))]
+                rates[model] = list(share(values, samples)) if len(values) >= fewest else [float(np.mean(values))]
         found[case] = {"prompts": len(numbers), "win_rate": rates}
     return found
 
