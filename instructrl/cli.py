@@ -23,6 +23,8 @@ STAGES = {  # as in `pipeline.NAMES`; importing that would import pydantic, whic
     "eval": "win rates, the alignment tax and report.md",
 }
 
+SOMETHING_TO_RUN = 3  # the status of `plan --check`; 1 and 2 are errors
+
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -73,16 +75,30 @@ def run_all(
 
 
 @app.command()
-def plan(overrides: Overrides = None, force: Force = None, multirun: Multirun = False, as_json: Json = False) -> None:
+def plan(
+    overrides: Overrides = None,
+    force: Force = None,
+    multirun: Multirun = False,
+    as_json: Json = False,
+    as_mermaid: Annotated[bool, typer.Option("--mermaid", help="Print a Mermaid flowchart.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Exit with 3 if anything would run.")] = False,
+) -> None:
     """Show which stages run-all would run, and why."""
     from instructrl import printout
     from instructrl.jobs import make_jobs
+    from instructrl.mermaid import flowchart
 
+    if as_json and as_mermaid:
+        raise UserError("--json and --mermaid are two forms of the same plan; choose one.")
     planned = make_jobs(None, overrides or [], force or [], multirun)
     if as_json:
         typer.echo(printout.plans_as_json(planned, multirun))
+    elif as_mermaid:
+        typer.echo(flowchart(planned))
     else:
         printout.show_plans(planned)
+    if check and any(job.runs for job in planned):
+        raise typer.Exit(SOMETHING_TO_RUN)
 
 
 @app.command()

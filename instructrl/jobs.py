@@ -12,12 +12,12 @@ from instructrl.errors import StageFailed, UserError
 from instructrl.key import sentence
 from instructrl.keys import closest, did_you_mean
 from instructrl.launch import check_trainers
-from instructrl.overrides import sweep
 from instructrl.pipeline import LAST, NAMES, ordered, stages
 from instructrl.plan import StagePlan, make_plan
+from instructrl.points import compose_points
 from instructrl.recipe import Composition, compose_recipe
 from instructrl.runner import run_plan
-from instructrl.stages import sources
+from instructrl.survey import Survey
 
 WITHOUT = {  # why a recipe can lack a stage
     "pretrain": "it starts from the model that model.path names; model.path=null makes one from scratch",
@@ -63,12 +63,23 @@ def stage_name(text: str, pipeline: Sequence[str] = NAMES) -> str:
 
 def make_jobs(target: str | None, arguments: list[str], force: Sequence[str], multirun: bool) -> list[Job]:
     """Every recipe that was asked for, composed, checked and planned. `target` None is the recipe's last stage."""
-    return [job(target, combination, force) for combination in (sweep(arguments) if multirun else [arguments])]
+    composed = compose_points(arguments) if multirun else [(arguments, compose_recipe(arguments))]
+    surveys: dict[Path, Survey] = {}
+    return [job(target, point, force, composition, surveys) for point, composition in composed]
 
 
-def job(target: str | None, arguments: list[str], force: Sequence[str]) -> Job:
-    """One recipe, composed, checked and planned."""
-    composition = compose_recipe(arguments)
+def job(
+    target: str | None,
+    arguments: list[str],
+    force: Sequence[str],
+    composition: Composition,
+    surveys: dict[Path, Survey],
+) -> Job:
+    """One composed recipe, checked and planned.
+
+    Args:
+        surveys: output folder -> what other recipes of the sweep have read of it.
+    """
     recipe = composition.recipe
     pipeline = stages(recipe)
     target = stage_name(target or LAST, list(pipeline))
@@ -78,10 +89,13 @@ def job(target: str | None, arguments: list[str], force: Sequence[str]) -> Job:
         if name not in needed:
             raise UserError(f"--force {name}: {target} does not need it; it needs {', '.join(needed)}.")
     store = Store(Path(recipe.runtime.output_dir).expanduser())
-    plan = make_plan(pipeline, recipe, [target], store, forced, composition.where)
+    if store.root not in surveys:
+        surveys[store.root] = Survey(store.root)
+    survey = surveys[store.root]
+    plan = make_plan(pipeline, recipe, [target], survey, forced, composition.where)
     if any(step.runs and step.stage.name == "data" for step in plan):
         try:
-            sources.check(recipe)
+            survey.check_sources(recipe)
         except UserError as error:
             raise UserError(sentence(f"{composition.where_named(str(error))}{error}")) from None
     return Job(arguments, composition, target, plan, store, force)
@@ -100,7 +114,7 @@ def run(planned: list[Job], command: list[str]) -> None:
     finished: list[tuple[Job, dict[str, Artifact]]] = []
     for number, one in enumerate(planned):
         if number:  # an earlier job of the sweep may have made what this one needs
-            one = job(one.target, one.arguments, one.force)
+            one = job(one.target, one.arguments, one.force, one.composition, {})
         if len(planned) > 1:
             printout.heading(one, number, len(planned))
         try:

@@ -9,13 +9,14 @@ import json
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from importlib.metadata import version
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from instructrl.config import Recipe, Source
 from instructrl.errors import UserError
 from instructrl.keys import dotted
+from instructrl.packages import installed
 from instructrl.pipeline import Stage
 from instructrl.stages import sources
 
@@ -34,14 +35,26 @@ Location = tuple[str | int, ...]  # ("data", "rankings", 0, "path")
 Where = Callable[[Location], str]
 
 
+ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
 def canonical(value: object) -> str:
     """The one JSON text of a value: sorted keys, no spaces, ASCII, no nan."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return ENCODER.encode(value)
+
+
+class Key(dict[str, Any]):
+    """The key of a stage, not to be changed: its digest is computed once, which plans of large sweeps need."""
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 of its canonical JSON, 64 hex digits."""
+        return hashlib.sha256(canonical(self).encode()).hexdigest()
 
 
 def digest(value: object) -> str:
     """The sha256 of a value's canonical JSON, 64 hex digits."""
-    return hashlib.sha256(canonical(value).encode()).hexdigest()
+    return value.digest if isinstance(value, Key) else hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
 def fingerprint(key: dict[str, Any]) -> str:
@@ -97,7 +110,7 @@ def file_sha256(path: Path) -> str:
 
 def stage_key(
     stage: Stage, recipe: Recipe, upstream: Mapping[str, dict[str, Any]], contents: Mapping[Location, str]
-) -> dict[str, Any]:
+) -> Key:
     """Everything the stage's result depends on, as JSON.
 
     Args:
@@ -110,14 +123,14 @@ def stage_key(
         for part in parents:
             section = section[part]
         section[last] = content
-    key = {
-        "stage": stage.name,
-        "version": stage.version,
-        "config": {name: values[name] for name in stage.reads},
-        "inputs": {name: fingerprint(upstream[name]) for name in stage.needs},
-    }
+    key = Key(
+        stage=stage.name,
+        version=stage.version,
+        config={name: values[name] for name in stage.reads},
+        inputs={name: fingerprint(upstream[name]) for name in stage.needs},
+    )
     if stage.name in TRL_STAGES:
-        key["packages"] = {"trl": ".".join(version("trl").split(".")[:2])}
+        key["packages"] = {"trl": ".".join(installed("trl").split(".")[:2])}
     return key
 
 

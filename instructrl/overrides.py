@@ -1,10 +1,9 @@
-"""The `key=value` arguments of the command line: read by Hydra's grammar, checked against the schema, swept over."""
+"""The `key=value` arguments of the command line: read by Hydra's grammar, checked against the schema."""
 
-import itertools
-from collections.abc import Iterator
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, QuotedString, Transformer
 from hydra.errors import HydraException
 
 from instructrl.errors import UserError
@@ -12,29 +11,17 @@ from instructrl.keys import exists, kind_of, section_of, suggestion
 from instructrl.recipe_files import Location, RecipeFiles, is_recipe
 
 
-def sweep(arguments: list[str]) -> list[list[str]]:
-    """`ppo.kl_coef=0.01,0.02` -> one list of arguments per combination, as Hydra's --multirun does.
+def sweep_values(override: Override, argument: str) -> list[tuple[str, Any]]:
+    """The values of a sweep, as Hydra's --multirun makes them: each spelt for an override, and itself.
 
     Raises:
-        UserError: an argument cannot be read.
+        UserError: they cannot be listed: glob() and interval().
     """
-    return [list(combination) for combination in itertools.product(*(list(choices(a)) for a in arguments))]
-
-
-def choices(argument: str) -> Iterator[str]:
-    """The values of one argument of a sweep."""
-    if argument.startswith("recipe="):
-        yield from (f"recipe={name}" for name in argument.removeprefix("recipe=").split(","))
-        return
-    override = parse_override(argument)
-    if not override.is_sweep_override():
-        yield argument
-        return
     try:
-        values = list(override.sweep_string_iterator())
+        values = list(override.sweep_iterator())
     except HydraException as error:  # glob() makes sense only for groups
         raise UserError(f"{argument}: {str(error).splitlines()[0]}.") from None
-    yield from (f"{override.key_or_group}={value}" for value in values)
+    return [(Transformer.str(value), value.text if isinstance(value, QuotedString) else value) for value in values]
 
 
 def parse(arguments: list[str], files: RecipeFiles) -> tuple[list[Override], list[str]]:

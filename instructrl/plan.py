@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from instructrl.artifacts import CHECKPOINTS, MANIFEST, ORDER, RESULT, Artifact, Store, read_json
+from instructrl.artifacts import CHECKPOINTS, ORDER, RESULT, Artifact, Store, read_json
 from instructrl.config import Recipe
-from instructrl.key import Hashes, Where, fingerprint, local_contents, stage_key
+from instructrl.key import Where, fingerprint, stage_key
 from instructrl.pipeline import Stage, downstream, ordered
+from instructrl.survey import Estimate, Survey
 
 ABSENT = object()
 NEVER, GONE, FORCED = "never ran", "its artifact is gone", "forced"
@@ -25,7 +26,7 @@ class StagePlan:
     runs: bool
     forced: bool  # asked for with --force, or downstream of one that was: runs even where the artifact is good
     why: tuple[str, ...]  # the root causes, for a person
-    seconds: float | None = None  # how long it took last time
+    estimate: Estimate | None = None  # how long it took before
 
     @property
     def fingerprint(self) -> str:
@@ -76,25 +77,24 @@ def make_plan(
     """
     pipeline, targets = dict(pipeline), set(targets)
     stages = ordered(pipeline, targets)
-    hashes = Hashes(store.root / "hashes.json")
-    contents = local_contents(recipe, {section for stage in stages for section in stage.reads}, hashes, where)
-    hashes.save()
+    survey = store if isinstance(store, Survey) else Survey(store.root)
+    contents = survey.local_contents(recipe, {section for stage in stages for section in stage.reads}, where)
     keys: dict[str, dict[str, Any]] = {}
     for stage in stages:
         keys[stage.name] = stage_key(stage, recipe, keys, contents)
-    artifacts = {stage.name: store.find(stage.name, keys[stage.name]) for stage in stages}
+    artifacts = {stage.name: survey.find(stage.name, keys[stage.name]) for stage in stages}
     forced = downstream(pipeline, force) & keys.keys() if force else set()
-    facts = Facts(keys, artifacts, store.latest(recipe.name), set(force), forced, set(forced))
+    facts = Facts(keys, artifacts, survey.latest(recipe.name), set(force), forced, set(forced))
     while True:  # grows until nothing changes: at most one pass per stage
         needed = targets | {need for stage in stages if stage.name in facts.runs for need in stage.needs}
         more = {stage.name for stage in stages if stage.name in needed and facts.stale(stage)} - facts.runs
         if not more:
             break
         facts.runs.update(more)
-    return list(explained(stages, facts, store))
+    return list(explained(stages, facts, survey, recipe.name))
 
 
-def explained(stages: Iterable[Stage], facts: Facts, store: Store) -> Iterator[StagePlan]:
+def explained(stages: Iterable[Stage], facts: Facts, survey: Survey, recipe: str) -> Iterator[StagePlan]:
     """Each stage's plan with its reasons; a change that a stage shares with one above it is told there only."""
     told: dict[str, list[str]] = {}  # stage -> its own reasons
     roots: dict[str, list[str]] = {}  # stage -> the stages above it, or itself, that have reasons of their own
@@ -108,14 +108,13 @@ def explained(stages: Iterable[Stage], facts: Facts, store: Store) -> Iterator[S
             why = list(told[name])
             if above and why != [NEVER]:
                 why.append(f"downstream of {' and '.join(above)}")
-            why += resumption(stage, facts, store)
+            why += resumption(stage, facts, survey)
         elif facts.artifacts[name] is None:
             why = [f"{GONE}, and nothing that runs needs it"]
         roots[name] = ([name] if told.get(name) else above) if name in facts.runs else []
-        last = store.path(name, facts.latest.get(name, facts.keys[name]))
-        seconds = read_json(last / MANIFEST).get("made", {}).get("seconds")
+        estimate = survey.estimate(recipe, name, facts.keys[name]) if name in facts.runs else None
         runs, forced = name in facts.runs, name in facts.forced
-        yield StagePlan(stage, facts.keys[name], facts.artifacts[name], runs, forced, tuple(why), seconds)
+        yield StagePlan(stage, facts.keys[name], facts.artifacts[name], runs, forced, tuple(why), estimate)
 
 
 def reasons(stage: Stage, facts: Facts) -> list[str]:
@@ -135,9 +134,11 @@ def reasons(stage: Stage, facts: Facts) -> list[str]:
     return changes(without_inputs(before), without_inputs(after)) + [f"{need} changed" for need in different]
 
 
-def resumption(stage: Stage, facts: Facts, store: Store) -> list[str]:
+def resumption(stage: Stage, facts: Facts, survey: Survey) -> list[str]:
     """`["resumes from step 40"]` if an interrupted run left a checkpoint that this run will go on from."""
-    partial = store.partial(stage.name, facts.keys[stage.name])
+    partial = survey.partial(stage.name, facts.keys[stage.name])
+    if partial.name not in survey.names(stage.name):
+        return []
     order = read_json(partial / ORDER)
     if not order or facts.runs.intersection(stage.needs) or not continues(order, stage.name in facts.forced):
         return []

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -9,6 +10,7 @@ import yaml
 from instructrl.artifacts import Artifact, read_json
 from instructrl.config import Recipe
 from instructrl.display import duration, is_number, number, printable
+from instructrl.drift import drift
 from instructrl.errors import UserError
 from instructrl.plan import StagePlan
 
@@ -27,6 +29,14 @@ def show_plans(planned: Sequence["Job"]) -> None:
         if len(planned) > 1:
             heading(job, position, len(planned))
         show_plan(job)
+    for line in warnings(planned):
+        print(line)
+
+
+def warnings(planned: Sequence["Job"]) -> list[str]:
+    """A line for each version that is no longer the one with which something was made that nothing makes again."""
+    used = ((step.stage.name, step.artifact) for job in planned for step in job.plan if step.artifact and not step.runs)
+    return [f"Warning: {line}. This makes nothing run again." for line in drift(used)]
 
 
 def show_plan(job: "Job") -> None:
@@ -34,13 +44,13 @@ def show_plan(job: "Job") -> None:
     width = max(len(step.stage.name) for step in job.plan)
     for step in job.plan:
         line = f"{verdict(step)}  {step.stage.name:<{width}}  {step.fingerprint}  {', '.join(step.why)}"
-        estimate = f"  (about {duration(step.seconds)})" if step.runs and step.seconds else ""
+        estimate = f"  (about {duration(step.estimate.seconds)})" if step.estimate else ""
         print(f"{line.rstrip()}{estimate}")
     running = [step for step in job.plan if step.runs]
     if not running:
         print(done(job))
         return
-    known = [step.seconds for step in running if step.seconds]
+    known = [step.estimate.seconds for step in running if step.estimate]
     estimate = f", about {duration(sum(known))} by last time" if len(known) == len(running) else ""
     print(f"{len(running)} of {len(job.plan)} stages to run{estimate}.", flush=True)
 
@@ -62,6 +72,7 @@ def plans_as_json(planned: Sequence["Job"], multirun: bool) -> str:
             "recipe": job.composition.recipe.name,
             "arguments": job.arguments,
             "output_dir": str(job.store.root),
+            "warnings": warnings([job]),
             "stages": [
                 {
                     "stage": step.stage.name,
@@ -69,7 +80,7 @@ def plans_as_json(planned: Sequence["Job"], multirun: bool) -> str:
                     "fingerprint": step.fingerprint,
                     "path": str(job.store.path(step.stage.name, step.key)),
                     "why": list(step.why),
-                    "last_seconds": step.seconds,
+                    "estimate": step.estimate and asdict(step.estimate),
                     "needs": list(step.stage.needs),
                 }
                 for step in job.plan

@@ -55,8 +55,46 @@ def load_recipe(arguments: list[str]) -> Recipe:
     return compose_recipe(arguments).recipe
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A composed recipe that is not checked yet."""
+
+    values: dict[str, Any]
+    files: RecipeFiles
+    given: tuple[str, ...]
+    problems: tuple[str, ...] = ()  # of its arguments
+
+    def check(self) -> Composition:
+        """The recipe; changes the values.
+
+        Raises:
+            UserError: a line for each mistake.
+        """
+        problems, values = list(self.problems), self.values
+        resolve_paths(values, self.files, self.given)
+        wild = dict(not_finite(values))
+        problems += [explain_number(location, number, self.files, self.given) for location, number in wild.items()]
+        try:
+            recipe = Recipe.model_validate(values)
+        except ValidationError as error:
+            wrong = [problem for problem in error.errors() if problem["loc"] not in wild]
+            problems += [explain(problem, self.files, self.given) for problem in wrong]
+        if problems:
+            raise UserError("\n".join(problems))
+        return Composition(recipe, self.files, self.given)
+
+
 def compose_recipe(arguments: list[str]) -> Composition:
     """As `load_recipe`, and knows where each value comes from."""
+    return draft(arguments).check()
+
+
+def draft(arguments: list[str]) -> Draft:
+    """The recipe as Hydra composes it.
+
+    Raises:
+        UserError: it cannot be composed.
+    """
     path = find_recipe(recipe_argument(arguments))
     roots = list(dict.fromkeys((path.parent, shipped("recipes"), shipped("conf"))))
     files = RecipeFiles(roots)
@@ -73,16 +111,7 @@ def compose_recipe(arguments: list[str]) -> Composition:
         raise UserError("\n".join([*problems, str(error)])) from None
     if "name" not in given and files.files[0].line(("name",)) is None:
         values["name"] = path.stem
-    resolve_paths(values, files, given)
-    wild = dict(not_finite(values))
-    problems += [explain_number(location, number, files, given) for location, number in wild.items()]
-    try:
-        recipe = Recipe.model_validate(values)
-    except ValidationError as error:
-        problems += [explain(problem, files, given) for problem in error.errors() if problem["loc"] not in wild]
-    if problems:
-        raise UserError("\n".join(problems))
-    return Composition(recipe, files, given)
+    return Draft(values, files, given, tuple(problems))
 
 
 def composed(path: Path, files: RecipeFiles, overrides: list[Override]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Runs a plan: one process a stage, so a crash or a leak in one never reaches the next. Never imports torch."""
 
-import functools
 import json
 import os
 import platform
@@ -15,7 +14,6 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from graphlib import TopologicalSorter
-from importlib.metadata import distributions
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,6 +24,7 @@ from instructrl.config import Recipe
 from instructrl.display import Display
 from instructrl.errors import StageFailed, UserError
 from instructrl.launch import environment
+from instructrl.packages import packages
 from instructrl.plan import StagePlan, checkpoint_steps, continues
 from instructrl.progress import read_progress
 
@@ -293,12 +292,6 @@ def made(seconds: float, command: Sequence[str]) -> dict:
         "command": shlex.join(command),
         "packages": packages(),
     }
-
-
-@functools.cache
-def packages() -> dict[str, str]:
-    """Every installed distribution and its version; takes a quarter of a second, so once a command."""
-    return {distribution.name: distribution.version for distribution in distributions()}
 
 
 def tail(log: Path, begin: int) -> list[str]:

@@ -14,8 +14,9 @@ import pytest
 import yaml
 from conftest import ROOT, Instructrl
 
-from instructrl import __version__, cli
+from instructrl import __version__, cli, drift
 from instructrl.display import Plain, duration, number
+from instructrl.packages import installed
 from instructrl.pipeline import LAST, NAMES
 from instructrl.progress import Progress, Snapshot, read_progress
 
@@ -104,11 +105,67 @@ def test_plan_as_json(instructrl: Instructrl) -> None:
         "fingerprint": plan["stages"][0]["path"].rpartition("/")[2],
         "path": plan["stages"][0]["path"],
         "why": ["never ran"],
-        "last_seconds": None,
+        "estimate": None,
         "needs": [],
     }
     sweep = json.loads(instructrl("plan", "recipe=base.yaml", "seed=1,2", "--multirun", "--json").out)
     assert [job["arguments"] for job in sweep] == [["recipe=base.yaml", "seed=1"], ["recipe=base.yaml", "seed=2"]]
+
+
+def test_plan_check(instructrl: Instructrl, fakes: None) -> None:
+    """What a cron job or a continuous integration asks."""
+    assert instructrl("plan", "--check", "recipe=base.yaml").code == 3
+    assert instructrl("run-all", "recipe=base.yaml").code == 0
+    done = instructrl("plan", "--check", "recipe=base.yaml")
+    assert done.code == 0
+    assert done.out == instructrl("plan", "recipe=base.yaml").out
+    assert instructrl("plan", "--check", "--json", "recipe=base.yaml", "--force", "eval").code == 3
+    assert instructrl("plan", "--check", "--mermaid", "-m", "recipe=base.yaml", "seed=0,1").code == 3
+    assert instructrl("plan", "--check", "recipe=base.yaml", "sft.epoch=2").code == 2
+
+
+def test_plan_as_mermaid(instructrl: Instructrl, fakes: None) -> None:
+    instructrl("sft", "recipe=base.yaml")
+    chart = instructrl("plan", "--mermaid", "recipe=base.yaml").out.splitlines()
+    prints = {
+        step["stage"]: step["fingerprint"]
+        for step in json.loads(instructrl("plan", "recipe=base.yaml", "--json").out)["stages"]
+    }
+    assert chart[0] == "flowchart TD"
+    sft, ppo = f"sft_{prints['sft']}", f"ppo_{prints['ppo']}"
+    assert f'  {sft}["<b>sft</b><br>{prints["sft"]}"]:::done' in chart
+    assert f'  {ppo}["<b>ppo</b><br>{prints["ppo"]}<br>never ran"]:::run' in chart
+    assert f"  {sft} --> {ppo}" in chart
+    assert sum("-->" in line for line in chart) == 9
+    # a sweep is one chart, in which points meet in what they share
+    sweep = instructrl("plan", "--mermaid", "-m", "recipe=base.yaml", "ppo.kl_coef=0.1,0.2").out
+    assert len(re.findall(r"^  data_\w+\[", sweep, re.MULTILINE)) == 1
+    assert len(re.findall(r"^  ppo_[0-9a-f]{12}\[", sweep, re.MULTILINE)) == 2
+    assert len(re.findall(r"^  sft_\w+ --> ppo_[0-9a-f]{12}$", sweep, re.MULTILINE)) == 2
+    # what a value may hold ends no label
+    changed = instructrl("plan", "--mermaid", "recipe=base.yaml", 'model.template="{prompt}\\"];<b>"').out
+    assert "#34;#93;#59;#60;b#62;" in changed
+    assert all(line.count('"') in (0, 2) for line in changed.splitlines())
+    both = instructrl("plan", "--mermaid", "--json", "recipe=base.yaml")
+    assert both.code == 2
+    assert both.err == "Error: --json and --mermaid are two forms of the same plan; choose one.\n"
+
+
+def test_another_version_is_a_warning(instructrl: Instructrl, fakes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    instructrl("run-all", "recipe=base.yaml")
+    assert "Warning" not in instructrl("plan", "recipe=base.yaml").out
+    before = drift.installed("transformers")
+    monkeypatch.setattr(drift, "installed", lambda name: "99.1" if name == "transformers" else installed(name))
+    plan = instructrl("plan", "recipe=base.yaml")
+    assert plan.out.splitlines()[-1] == (
+        f"Warning: transformers 99.1 is installed; data, sft, ppo, ppo_ptx and eval were made with {before}. "
+        "This makes nothing run again."
+    )
+    assert "Everything is done" in plan.out
+    again = instructrl("plan", "recipe=base.yaml", "sft.epochs=2")
+    assert f"Warning: transformers 99.1 is installed; data was made with {before}. " in again.out  # sft is made anew
+    [warning] = json.loads(instructrl("plan", "recipe=base.yaml", "--json").out)["warnings"]
+    assert warning.startswith("Warning: transformers 99.1 is installed; data, sft, ")
 
 
 def test_show(instructrl: Instructrl, fakes: None) -> None:

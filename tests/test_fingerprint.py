@@ -384,9 +384,9 @@ def test_the_same_bytes_under_another_ending_are_another_thing(files: Path) -> N
 def test_a_patch_of_trl_changes_nothing_and_a_minor_version_what_trains_with_it(
     files: Path, monkeypatch: pytest.MonkeyPatch, version: str, again: set[str]
 ) -> None:
-    monkeypatch.setattr(instructrl.key, "version", lambda _: "1.16.0")
+    monkeypatch.setattr(instructrl.key, "installed", lambda _: "1.16.0")
     before = fingerprints(Recipe.model_validate(MINE))
-    monkeypatch.setattr(instructrl.key, "version", lambda _: version)
+    monkeypatch.setattr(instructrl.key, "installed", lambda _: version)
     after = fingerprints(Recipe.model_validate(MINE))
     below = again | ({"ppo", "ppo_ptx", "eval"} if again else set())
     assert {name for name in before if before[name] != after[name]} == below

@@ -9,6 +9,8 @@ import pytest
 from instructrl.artifacts import Store
 from instructrl.config import Recipe
 from instructrl.errors import UserError
+from instructrl.jobs import make_jobs
+from instructrl.key import file_sha256
 from instructrl.pipeline import stages
 from instructrl.plan import StagePlan, changes, make_plan
 from instructrl.recipe import load_recipe
@@ -20,6 +22,7 @@ class Bench:
     def __init__(self, here: Path) -> None:
         self.store = Store(here / "artifacts")
         self.texts: dict[str, str] = {}
+        self.took: dict[str, float] = {}
         self.recipes: dict[tuple[str, ...], Recipe] = {}
 
     def plan(self, *overrides: str, force: Collection[str] = (), targets: Iterable[str] = ("eval",)) -> list[StagePlan]:
@@ -50,7 +53,8 @@ class Bench:
                 (partial / "out").write_text(self.texts.get(step.stage.name, ""))
                 upstream = {need: self.store.find(need, keys[need]) for need in step.stage.needs}
                 digests = {need: artifact.digest for need, artifact in upstream.items() if artifact}
-                self.store.publish(step.stage.name, step.key, digests, {"seconds": 60.0}, {})
+                seconds = self.took.get(step.stage.name, 60.0)
+                self.store.publish(step.stage.name, step.key, digests, {"seconds": seconds}, {})
             self.store.remember(self.recipe(*overrides).name, {step.stage.name: step.key})
 
 
@@ -230,12 +234,49 @@ def test_resumes_from_the_last_complete_checkpoint(bench: Bench) -> None:
     assert bench.why(targets=["data"]) == {"data": "never ran"}
 
 
+def estimates(plan: list[StagePlan]) -> dict[str, tuple[float, bool]]:
+    """Stage -> how long it takes, and whether by the recipe's own last run."""
+    return {step.stage.name: (step.estimate.seconds, step.estimate.same_recipe) for step in plan if step.estimate}
+
+
 def test_time_of_last_time(made: Bench) -> None:
-    plans = {step.stage.name: step for step in made.plan("ppo.kl_coef=0.5")}
-    assert plans["ppo"].seconds == 60.0
-    assert plans["ppo"].runs
+    assert estimates(made.plan("ppo.kl_coef=0.5")) == {"ppo": (60.0, True), "eval": (60.0, True)}
+
+
+def test_time_by_the_run_of_another_recipe_that_is_most_like_it(bench: Bench) -> None:
+    took = bench.took
+    took["sft"] = 10.0
+    bench.make("name=one", "sft.epochs=5", "sft.batch_size=64", targets=["sft"])
+    took["sft"] = 20.0
+    bench.make("name=two", "sft.batch_size=64", targets=["sft"])
+    took["sft"] = 30.0
+    bench.make("name=three", "sft.epochs=5", targets=["sft"])
+    assert estimates(bench.plan("sft.batch_size=64", "sft.learning_rate=1e-3", targets=["sft"])) == {
+        "sft": (20.0, False)
+    }
+    assert estimates(bench.plan(targets=["sft"])) == {"sft": (30.0, False)}  # of equals the newest
+    assert estimates(bench.plan("name=one", targets=["sft"])) == {"sft": (10.0, True)}  # its own
+    assert estimates(bench.plan("sft.batch_size=64", targets=["sft"])) == {}  # done
+    assert "reward_model" not in estimates(bench.plan())  # never ran anywhere
 
 
 def test_planning_writes_nothing(bench: Bench, here: Path) -> None:
     bench.plan()
     assert [path.name for path in here.iterdir()] == ["base.yaml"]
+
+
+def test_a_sweep_reads_each_file_once(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five hundred points are planned in the time of a few: nothing is composed, hashed or checked for each."""
+    (here / "t.txt").write_text("A text.\n")
+    own = ["data.world=null", "eval.judge=reward_model", "data.text=[{path: t.txt}]", "model.path=gpt2"]
+    own += ["data.demonstrations=[{path: d.jsonl}]", "data.rankings=[{path: r.jsonl}]"]
+    (here / "d.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    (here / "r.jsonl").write_text('{"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2]}\n')
+    hashed: list[Path] = []
+    monkeypatch.setattr("instructrl.key.file_sha256", lambda path: hashed.append(path) or file_sha256(path))
+    planned = make_jobs(None, ["recipe=base.yaml", *own, "ppo.kl_coef=range(0.01,1,0.02)"], [], multirun=True)
+    assert len(planned) == 50
+    assert len({job.plan[-1].fingerprint for job in planned}) == 50
+    assert sorted(path.name for path in hashed) == ["d.jsonl", "r.jsonl", "t.txt"]
+    [alone] = make_jobs(None, planned[7].arguments, [], multirun=False)
+    assert alone.plan == planned[7].plan

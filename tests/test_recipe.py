@@ -8,13 +8,13 @@ import pytest
 import yaml
 from conftest import BASE
 
-from instructrl import recipe, recipe_files
+from instructrl import points, recipe, recipe_files
 from instructrl.config import Recipe, World
 from instructrl.errors import UserError
 from instructrl.keys import every_key, exists, suggestion
-from instructrl.overrides import sweep
+from instructrl.points import combinations, compose_points
 from instructrl.printout import recipe_as_yaml
-from instructrl.recipe import compose_recipe, load_recipe
+from instructrl.recipe import Draft, compose_recipe, draft, load_recipe
 from instructrl.recipe_files import recipe_names
 
 
@@ -275,11 +275,67 @@ def test_where_a_value_was_set(here: Path) -> None:
 
 
 def test_sweep() -> None:
-    assert sweep(["recipe=tiny", "ppo.kl_coef=0.01,0.02", "seed=range(0,2)"]) == [
+    def spelt(*arguments: str) -> list[list[str]]:
+        return [[choice.argument for choice in point] for point in combinations([*arguments])]
+
+    assert spelt("recipe=tiny", "ppo.kl_coef=0.01,0.02", "seed=range(0,2)") == [
         ["recipe=tiny", f"ppo.kl_coef={kl_coef}", f"seed={seed}"] for kl_coef in ("0.01", "0.02") for seed in (0, 1)
     ]
-    assert sweep(["recipe=a,b"]) == [["recipe=a"], ["recipe=b"]]
-    assert sweep(["data.demonstrations=[{path: a},{path: b}]"]) == [["data.demonstrations=[{path: a},{path: b}]"]]
+    assert spelt("recipe=a,b") == [["recipe=a"], ["recipe=b"]]
+    assert spelt("data.demonstrations=[{path: a},{path: b}]") == [["data.demonstrations=[{path: a},{path: b}]"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "by_hydra"),  # how many recipes Hydra composes, the one that is copied from among them
+    [
+        (["seed=1,2,3"], 1),
+        (["seed=1,2", "ppo.kl_coef=0.1,2e-2", "sft.epochs=3"], 1),
+        (["seed=shuffle(range(1,9))", "ppo.kl_coef=range(0.1,0.5,0.1)"], 1),
+        (["model.template='a {prompt}','b \\'{prompt}\\''"], 1),
+        (["ppo.whiten_rewards=true,false"], 1),
+        (["recipe=base.yaml,other.yaml", "seed=1,2"], 2),
+        (["recipe=base.yaml,other.yaml"], 2),
+        (["recipe=refers.yaml", "seed=1,2"], 2),  # sft.batch_size: ${seed}
+        (["seed=1,2", "sft.epochs=${seed}"], 2),
+        (["data.world={people: 7},{people: 9}"], 3),  # a section
+        (["eval.prompted_templates=[],['{prompt} A']"], 3),  # a list
+        (["seed=1,2", "seed=3"], 2),  # the last one counts
+        (["data.world={people: 9}", "data.world.people=5,6"], 2),
+        (["model=tiny,base"], 2),  # a config group
+    ],
+)
+def test_points_of_a_sweep_are_as_hydra_composes_them(
+    here: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], by_hydra: int
+) -> None:
+    (here / "other.yaml").write_text(f"{BASE}sft: {{epochs: 3}}\n")
+    (here / "refers.yaml").write_text(f"{BASE}sft: {{batch_size: '${{seed}}'}}\n")
+    for name in ("tiny", "base"):
+        (here / "model").mkdir(exist_ok=True)
+        (here / "model" / f"{name}.yaml").write_text(f"path: null\ntemplate: '{name} {{prompt}}'\n")
+    composed: list[list[str]] = []
+
+    def counted(arguments: list[str]) -> Draft:
+        composed.append(arguments)
+        return draft(arguments)
+
+    monkeypatch.setattr(recipe, "draft", counted)
+    monkeypatch.setattr(points, "draft", counted)
+    arguments = arguments if arguments[0].startswith("recipe=") else ["recipe=base.yaml", *arguments]
+    found = list(compose_points(arguments))
+    assert len(composed) == by_hydra
+    for spelt, composition in found:
+        by_itself = compose_recipe(spelt)
+        assert composition.recipe == by_itself.recipe
+        assert composition.given == by_itself.given
+        for location in (("seed",), ("sft", "epochs"), ("model", "template"), ("eval", "judge")):
+            assert composition.where(location) == by_itself.where(location)
+    assert len({str(composition.recipe) for _, composition in found}) == (1 if "seed=3" in arguments else len(found))
+
+
+def test_a_wrong_value_of_a_sweep_is_named(here: Path) -> None:
+    for wrong, said in (("x", "seed='x': input should be a valid integer"), ("nan", "seed=nan: must be a finite")):
+        with pytest.raises(UserError, match=said):
+            list(compose_points(["recipe=base.yaml", f"seed=1,{wrong},2"]))
 
 
 def test_every_key_exists_and_is_its_own_suggestion() -> None:

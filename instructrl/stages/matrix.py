@@ -18,7 +18,7 @@ Compared = Callable[[str, str], NDArray[np.float64] | None]
 def pairs(models: Sequence[str], compared: Compared, samples: int) -> dict[str, dict[str, list[float]]]:
     """{model: {other: [win rate, low, high]}}, both ways round. Pairs without a verdict are left out."""
     found: dict[str, dict[str, list[float]]] = {name: {} for name in models}
-    for one, other in combinations(models, 2):
+    for one, other in combinations(sorted(models, key=lambda name: name == BASELINE), 2):  # as the table against SFT
         outcomes = compared(one, other)
         if outcomes is not None and len(outcomes):
             rate = share(outcomes, samples)
