@@ -422,6 +422,9 @@ class PPO(Section):
     """Decay of the moving average of the policy's weights, saved as `ema` (App. C.4); 0: none."""
     ema_every: Literal["iteration", "step"] = "iteration"
     """When the average is updated. The paper does not say; at 500 iterations its horizon of 125 suggests iterations."""
+    snapshots: NonNegativeInt = 0
+    """Policies to keep along the way, evenly over the iterations, for `eval` to show where the reward goes on rising
+    and the judge's score does not (Gao et al. 2022). Each takes the disk of a model. Our choice; 0: none."""
 
     @model_validator(mode="after")
     def minibatches_divide(self) -> "PPO":

@@ -27,6 +27,9 @@ TRL_STAGES = (
     "judge",
     "ppo_init",
 )  # TRL's trainer is their algorithm, and changes with its minor version
+ADDED = {"ppo": {"snapshots": 0}, "ppo_ptx": {"snapshots": 0}}
+"""Keys that came after artifacts were made: at this value they compute what was computed without them, and are left
+out, so that those artifacts stay good."""
 MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")  # configuration, weights, tokenizer, code
 WORTH_REMEMBERING = 8 * 2**20  # bytes; a smaller file is hashed in milliseconds
 SETTLED_SECONDS = 2  # a file changed this recently may change again within its time stamp's resolution
@@ -126,12 +129,18 @@ def stage_key(
     key = Key(
         stage=stage.name,
         version=stage.version,
-        config={name: values[name] for name in stage.reads},
+        config={name: without_added(name, values[name]) for name in stage.reads},
         inputs={name: fingerprint(upstream[name]) for name in stage.needs},
     )
     if stage.name in TRL_STAGES:
         key["packages"] = {"trl": ".".join(installed("trl").split(".")[:2])}
     return key
+
+
+def without_added(section: str, values: Any) -> Any:
+    """A section's values, less the `ADDED` keys that change nothing."""
+    added = ADDED.get(section, {})
+    return {key: value for key, value in values.items() if key not in added or value != added[key]} if added else values
 
 
 def local_contents(recipe: Recipe, sections: Collection[str], hashes: Hashes, where: Where) -> dict[Location, str]:

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from instructrl.config import Recipe, Source
 from instructrl.errors import UserError
-from instructrl.stages import answers, benchmarks, data, judging, models, numbers, report, study
+from instructrl.stages import answers, benchmarks, data, judging, models, numbers, report, study, trajectory
 from instructrl.stages import eval as stage
 from instructrl.stages.contract import Contract
 from instructrl.stages.length_control import length_controlled
@@ -66,6 +66,8 @@ def world_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     recipe = Recipe(name="small", model={"path": None}, data={"world": SIZES}, eval=EVAL | {"best_of_n": 4})
     inputs = make_inputs(folder, recipe)
+    for iteration, name in ((250, "sft"), (400, "ppo_ptx")):  # as PPO passes through them
+        shutil.copytree(inputs[name] / "model", inputs["ppo"] / "snapshots" / f"{iteration:06d}")
     (folder / "eval").mkdir()
     found = stage.run("eval", recipe, inputs, folder / "eval")
     metrics = json.loads((folder / "eval" / "metrics.json").read_text())
@@ -238,6 +240,44 @@ def test_the_best_of_n_is_by_reward(world_run):
     assert "SFT, best of 4 (" in printed  # among the samples
 
 
+def test_the_curve_is_what_the_same_weights_do_as_models(world_run):
+    """The first snapshot is SFT and the second PPO-ptx, so that each row is known from the models' own numbers."""
+    _, _, folder, _, metrics, rows = world_run
+    found, models_ = metrics["overoptimisation"], metrics["models"]
+    assert found["judge"] == "gold"
+    assert list(found["policies"]) == ["ppo"]
+    curve = found["policies"]["ppo"]
+    assert [row["step"] for row in curve] == [250, 400, 500]
+    assert [row["episodes"] for row in curve] == [128_000, 204_800, 256_000]
+    for row, name in zip(curve, ("sft", "ppo_ptx", "ppo"), strict=True):
+        assert row["proxy"] == pytest.approx(models_[name]["reward"], abs=1e-5)
+        assert row["judge"] == pytest.approx(models_[name]["gold"]["utility"])
+        assert row["win_rate"] == pytest.approx(models_[name]["win_rate"])
+        assert row["kl"] == pytest.approx(models_[name]["kl"][0], abs=1e-3)
+        assert row["length"] == pytest.approx(models_[name]["length"][0])
+    best = max(curve, key=lambda row: row["judge"][0])
+    assert found["best_by_judge"] == {"ppo": best["step"]}
+    assert found["lost_since_best"]["ppo"][0] == pytest.approx(best["judge"][0] - curve[-1]["judge"][0])
+    assert "**Best PPO by the judge:" in (folder / "report.md").read_text()
+    one, *_, four = found["best_of_n"]
+    assert [row["n"] for row in found["best_of_n"]] == [1, 2, 4]
+    assert four["proxy"] == pytest.approx(models_["best_of_n"]["reward"], abs=1e-5)
+    assert four["judge"][0] == pytest.approx(models_["best_of_n"]["gold"]["utility"][0], abs=0.05)  # ties
+    drawn = json.loads((folder / "checkpoints" / "best_of_n.json").read_text())["drawn"]
+    assert one["proxy"][0] == pytest.approx(np.mean(drawn["proxy"]))
+    first = of(rows, "sft", 1.0)
+    assert drawn["proxy"][0] == pytest.approx([row["reward"] for row in first], abs=1e-5)
+    assert drawn["judge"][0] == pytest.approx([json.loads(row["gold"])["utility"] for row in first])
+
+
+def test_the_curve_ends_with_the_last_weights_where_the_average_answers(world_run, tmp_path):
+    recipe, inputs, *_ = world_run
+    chosen = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"weights": "ema"})})
+    found = trajectory.pieces(study.Study(chosen, inputs, tmp_path))
+    assert list(found) == ["ppo@000250", "ppo@000400", "ppo@000500"]
+    assert found["ppo@000500"] == inputs["ppo"] / "model"
+
+
 def test_a_recipe_chooses_the_weights(world_run, tmp_path):
     """PPO's average lies beside its last weights; SFT and the base model have one set."""
     recipe, inputs, *_ = world_run
@@ -349,11 +389,13 @@ def test_an_interrupted_evaluation_does_not_ask_again(world_run, tmp_path, monke
     for name in ("gpt", "gpt_prompted", "sft"):
         (tmp_path / "checkpoints" / f"{name}.json").write_bytes((folder / "checkpoints" / f"{name}.json").read_bytes())
     (tmp_path / "checkpoints" / "ppo.tmp").write_text('{"answers": {"1.0": [')  # killed while it was written
-    asked = []
+    shutil.copy(folder / "checkpoints" / "ppo@000400.json", tmp_path / "checkpoints")
+    asked, answered = [], trajectory.answered
+    monkeypatch.setattr(trajectory, "answered", lambda self, path: asked.append(path.name) or answered(self, path))
     ask = study.Study._ask
     monkeypatch.setattr(study.Study, "_ask", lambda self, name: asked.append(name) or ask(self, name))
     stage.run("eval", recipe, inputs, tmp_path)
-    assert asked == ["ppo", "ppo_ptx"]
+    assert asked == ["ppo", "ppo_ptx", "000250"]
     again = json.loads((tmp_path / "metrics.json").read_text())
     assert again == metrics
 
@@ -413,6 +455,8 @@ def test_a_learnt_judge(tmp_path):
     assert "a second reward model, trained on rankings of prompts that trained nothing else" in report
     assert metrics["use_cases"] == {}
     assert "use case" not in report
+    assert metrics["overoptimisation"]["policies"] == {}
+    assert "Greedy answers have no KL" in report
 
 
 LABELS = [
@@ -497,7 +541,7 @@ def test_labels_of_prompts_that_are_not_evaluated(tmp_path):
         (LABELS[0] | {"winner": "gpt"}, "the winner 'gpt' is neither of ppo and sft"),
         (LABELS[0] | {"model_a": "PPO2"}, "there is no model 'PPO2'"),
         ({"prompt": "p", "model": "sft", "score": "good"}, "score is 'good', but must be a number"),
-        ({"prompt": "p", "model": "sft"}, "has no column 'score'"),
+        ({"prompt": "p", "model": "sft"}, "there is no 'score'"),
     ],
 )
 def test_wrong_labels(tmp_path, row, problem):

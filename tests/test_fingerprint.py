@@ -248,6 +248,17 @@ def test_each_key_reaches_what_reads_it(files: Path, key: str) -> None:
     assert len(found) == (1 if not reached({key}) else 1 + len(KEYS[key]))
 
 
+def test_a_key_that_came_later_leaves_older_artifacts_good(files: Path) -> None:
+    """At the value that computes what was computed without it, it is not in the key."""
+    recipe = Recipe.model_validate(MINE)
+    for value, there in ((0, False), (3, True)):
+        ppo = recipe.ppo.model_copy(update={"snapshots": value})
+        changed = recipe.model_copy(update={"ppo": ppo})
+        key = stage_key(stages(changed)["ppo"], changed, {name: {} for name in stages(changed)}, {})
+        assert ("snapshots" in key["config"]["ppo"]) == there
+        assert key["config"]["ppo"].keys() | {"snapshots"} == changed.model_dump()["ppo"].keys()
+
+
 # ---- one thing
 
 

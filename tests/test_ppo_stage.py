@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from instructrl.config import PPO, Data, Eval, Model, PPOPtx, Recipe, Runtime, World
+from instructrl.config import PPO, Data, Eval, LoRA, Model, PPOPtx, Recipe, Runtime, World
 from instructrl.errors import UserError
-from instructrl.stages import models, ppo
+from instructrl.stages import models, ppo, snapshots
 from instructrl.stages.contract import Contract
 from instructrl.stages.pretrain import make_tokenizer
 from instructrl.stages.tables import PROMPTS, TEXT, write_table
@@ -131,7 +131,7 @@ def test_a_stage_that_was_told_to_stop_goes_on_where_it_was(inputs, tmp_path, mo
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
-    ppo.run("ppo_ptx", recipe(), inputs, whole)
+    ppo.run("ppo_ptx", recipe(snapshots=2), inputs, whole)
     step = PPOTrainer.training_step
 
     def terminated(self, *args, **kwargs):
@@ -142,13 +142,51 @@ def test_a_stage_that_was_told_to_stop_goes_on_where_it_was(inputs, tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(PPOTrainer, "training_step", terminated)
         with pytest.raises(SystemExit) as stopped:
-            ppo.run("ppo_ptx", recipe(), inputs, parts)
+            ppo.run("ppo_ptx", recipe(snapshots=2), inputs, parts)
     assert stopped.value.code == 75
     assert [path.name for path in (parts / "checkpoints").iterdir()] == ["checkpoint-4"]
-    metrics = ppo.run("ppo_ptx", recipe(), inputs, parts)
+    metrics = ppo.run("ppo_ptx", recipe(snapshots=2), inputs, parts)
     assert metrics["iterations"] == 3  # the log of the first part counts
-    for file in ("model/model.safetensors", "critic/model.safetensors"):
+    written = [f"{folder}/model.safetensors" for folder in ("model", "critic", "snapshots/000001", "snapshots/000002")]
+    for file in written:
         assert (whole / file).read_bytes() == (parts / file).read_bytes()
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(r=4)])
+def test_a_snapshot_is_the_policy_that_a_shorter_run_ends_with(inputs, tmp_path, lora):
+    def run(name, **changes):
+        wanted = recipe(**changes)
+        wanted = wanted.model_copy(update={"model": wanted.model.model_copy(update={"lora": lora})})
+        ppo.run("ppo", wanted, inputs, folder(tmp_path, name))
+        return tmp_path / name
+
+    short, long = run("short", total_episodes=32), run("long", snapshots=1)
+    [(iteration, path)] = snapshots.kept(long).items()
+    assert iteration == 2
+    assert sorted(file.name for file in path.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+    kept, ended = (AutoModelForCausalLM.from_pretrained(where).state_dict() for where in (path, short / "model"))
+    assert all(torch.equal(kept[weight], ended[weight]) for weight in ended)
+    assert snapshots.kept(short) == {}
+    assert not (short / "snapshots").exists()
+
+
+@pytest.mark.parametrize(
+    ("count", "total", "expected"),
+    [
+        (3, 16, [4, 8, 12]),
+        (4, 16, [3, 6, 10, 13]),
+        (0, 16, []),
+        (9, 3, [1, 2]),
+        (1, 1, []),
+        (5, 500, [83, 167, 250, 333, 417]),
+    ],
+)
+def test_snapshots_are_spread_evenly(count, total, expected):
+    assert snapshots.spread(count, total) == expected
 
 
 @pytest.mark.parametrize("name", ["ppo", "ppo_ptx"])

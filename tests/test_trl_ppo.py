@@ -18,6 +18,7 @@ from instructrl.launch import check_trainers
 from instructrl.plan import make_plan
 from instructrl.stages import models, ppo, trl_ppo
 from instructrl.stages.contract import Contract
+from instructrl.stages.snapshots import kept
 from instructrl.trainers.ema import EMA
 
 try:
@@ -31,6 +32,7 @@ GIVEN = {  # keys that reach TRL otherwise than under their own name
     "backend",
     "init",
     "ema_decay",
+    "snapshots",
     "batch_size",
     "learning_rate",
     "critic_learning_rate",
@@ -123,8 +125,12 @@ def test_our_trainer_needs_nothing_of_trls():
 @pytest.mark.parametrize("minibatches", [1, 2])
 def test_the_stage_writes_what_ours_does(inputs, tmp_path, minibatches):  # noqa: F811
     """One minibatch does not fit into a forward pass: TRL accumulates gradients."""
-    metrics = ppo.run("ppo", wanting(num_mini_batches=minibatches, num_ppo_epochs=2), inputs, tmp_path)
+    asked = wanting(num_mini_batches=minibatches, num_ppo_epochs=2, snapshots=2)
+    metrics = ppo.run("ppo", asked, inputs, tmp_path)
     assert metrics["iterations"] == 3
+    snapshots = {n: weights(AutoModelForCausalLM, path)["lm_head.weight"] for n, path in kept(tmp_path).items()}
+    assert snapshots.keys() == {1, 2}
+    assert not torch.equal(snapshots[1], snapshots[2])
     assert metrics["optimizer_steps"] == 3 * 2 * minibatches
     assert (metrics["prompts"], metrics["dropped"]) == (40, 1)
     assert 1 <= metrics["length"] <= 8

@@ -14,7 +14,7 @@ from instructrl.errors import UserError
 from instructrl.stages.contract import Contract
 from instructrl.stages.tables import read_table
 from instructrl.trainers.rollout import Completion, generate
-from instructrl.trainers.selection import best_of_n
+from instructrl.trainers.selection import best_of_n, rewards_of
 from instructrl.world import Prompt, World, make_world
 
 PREFIXES = 4
@@ -95,18 +95,27 @@ def sample_best(
     prompts: Sequence[Sequence[int]],
     contract: Contract,
     recipe: Recipe,
-) -> list[Answer]:
-    """Of `eval.best_of_n` answers to each prompt the one with the highest reward; `sample`'s is among them."""
+) -> tuple[list[Answer], list[tuple[list[Answer], list[float]]]]:
+    """Of `eval.best_of_n` answers to each prompt the one with the highest reward; `sample`'s is among them. Also all of
+    them, in rounds of one a prompt, with their rewards."""
+    read = rewards_of(reward_model, contract.tokenizer.pad_token_id, recipe.runtime.max_tokens)
+    drawn: list[tuple[list[Answer], list[float]]] = []
+
+    def score(asked: Sequence[Sequence[int]], completions: Sequence[Completion]) -> list[float]:
+        rewards = list(map(float, read(asked, completions)))
+        given, size = [answer(completion, contract) for completion in completions], len(prompts)
+        drawn.extend((given[at : at + size], rewards[at : at + size]) for at in range(0, len(given), size))
+        return rewards
+
     found = best_of_n(
         model,
         prompts,
         recipe.eval.best_of_n,
-        reward_model,
+        score,
         temperature=recipe.eval.temperature,
-        max_tokens=recipe.runtime.max_tokens,
         **sampling(contract, recipe),
     )
-    return [answer(completion, contract) for completion in found.completions]
+    return [answer(completion, contract) for completion in found.completions], drawn
 
 
 def sampling(contract: Contract, recipe: Recipe) -> dict:

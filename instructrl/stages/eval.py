@@ -3,7 +3,7 @@
 GPT is the base model, GPT (prompted) the same behind a few-shot prefix; then SFT, PPO and PPO-ptx. A recipe may ask for
 one more baseline, the best of several of SFT's answers. All answer the same held-out prompts with the same random
 numbers. What a model has done is kept in `checkpoints/`, so that an evaluation that was interrupted goes on with the
-next model.
+next model. So are PPO's snapshots (`trajectory.py`).
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from instructrl.config import Recipe
 from instructrl.progress import Progress
-from instructrl.stages import models, report
+from instructrl.stages import models, report, trajectory
 from instructrl.stages.judging import BEST
 from instructrl.stages.numbers import measure
 from instructrl.stages.parallel import forked
@@ -23,14 +23,18 @@ from instructrl.stages.tables import write_table
 def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dict:
     """Evaluate the models. Writes `samples.parquet`, `metrics.json` and `report.md`; returns the main numbers."""
     study = Study(recipe, inputs, folder)
-    progress, steps = Progress(folder), len(study.names) + 2
+    snapshots = trajectory.pieces(study)
+    progress, steps = Progress(folder), len(study.names) + len(snapshots) + 2
 
-    def ask(model: str) -> None:
-        study.ask(model)
+    def ask(piece: str) -> None:
+        if piece in snapshots:
+            trajectory.ask(study, piece, snapshots[piece])
+        else:
+            study.ask(piece)
         progress.update(study.asked(), steps)
 
     progress.update(study.asked(), steps)
-    longest_first = sorted(study.names, key=lambda name: name != BEST)
+    longest_first = [*sorted(study.names, key=lambda name: name != BEST), *snapshots]
     forked(ask, longest_first, recipe.runtime.jobs, models.device(recipe))
     for model in study.names:
         study.read(model)

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 
-from instructrl.stages import claims, judging, matrix, preferences, report, use_cases
+from instructrl.stages import claims, judging, matrix, preferences, report, trajectory, use_cases
 from instructrl.stages.judging import BASELINE, BEST, NAMES
 from instructrl.stages.length_control import length_controlled
 from instructrl.stages.scores import Scores
@@ -93,6 +93,7 @@ def measure(study: Study, scores: Scores) -> dict:
     won = labelled if labels else {name: scores.outcomes[name, t] for name in study.names}
     metrics["use_cases"] = use_cases.by_use_case(study.prompts, won, samples, FEWEST)
     metrics["use_case_table"] = use_cases.table(metrics["use_cases"], study.names, FEWEST)
+    metrics["overoptimisation"] = trajectory.measure(study, scores)
     return metrics
 
 

@@ -10,6 +10,7 @@ from instructrl.stages.checkpoints import FOLDER, train
 from instructrl.stages.contract import Contract
 from instructrl.stages.lora import adapted, merged_weights
 from instructrl.stages.models import device, load_policy, load_reward_model, save
+from instructrl.stages.snapshots import Snapshots, iterations
 from instructrl.stages.tables import read_table
 from instructrl.trainers.actor_critic import network
 from instructrl.trainers.ema import EMA
@@ -30,7 +31,8 @@ LAST = 0.1  # share of the iterations over which final metrics are means
 
 def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dict:
     """Write the policy to `folder/model`, the moving average of its weights to `folder/ema` if there is one, the critic
-    to `folder/critic`, and tables of completions to `folder/completions`. `name` is the recipe's section.
+    to `folder/critic`, what `snapshots` asks for to `folder/snapshots`, and tables of completions to
+    `folder/completions`. `name` is the recipe's section.
 
     Returns:
         score, kl (nats a response), length (tokens), entropy, explained_variance and, with pretraining, ptx_loss (nats
@@ -55,18 +57,21 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
 
         ema = EMA(policy, section.ema_decay, every=1) if section.ema_decay else None
         models = (policy, critic, reward_model)
-        log = trl_ppo.train(name, recipe, folder, contract.tokenizer, *models, bias, prompts, [ema] if ema else [])
+        callbacks = [Snapshots(policy, folder, section.snapshots, iterations(section)), *([ema] if ema else [])]
+        log = trl_ppo.train(name, recipe, folder, contract.tokenizer, *models, bias, prompts, callbacks)
     else:
         set_seed(recipe.seed)  # adapters are drawn
         policy, critic = adapted(policy, recipe), adapted(critic, recipe)
+        args = arguments(recipe, section, bias, folder / FOLDER)
         trainer = PPOTrainer(
-            args=arguments(recipe, section, bias, folder / FOLDER),
+            args=args,
             processing_class=contract.tokenizer,
             model=policy,
             value_model=critic,
             reward_model=reward_model,
             train_dataset=prompts,
             ptx_dataset=read_documents(name, section, inputs["data"], contract) if section.ptx_coef else None,
+            callbacks=[Snapshots(policy, folder, section.snapshots, args.num_iterations, args.steps_per_iteration)],
         )
         train(trainer, folder, recipe.runtime.save_minutes)
         ema, log = trainer.ema, [line for line in trainer.state.log_history if FINAL["kl"] in line]
@@ -104,7 +109,7 @@ def check(recipe: Recipe) -> None:
 
 def arguments(recipe: Recipe, section: PPO, reward_bias: float, checkpoints: Path) -> PPOConfig:
     """The recipe's section under the same names, and what this machine adds."""
-    settings = section.model_dump(exclude={"backend", "init", "ptx_max_length"})
+    settings = section.model_dump(exclude={"backend", "init", "ptx_max_length", "snapshots"})
     where = device(recipe)
     return PPOConfig(
         output_dir=str(checkpoints),

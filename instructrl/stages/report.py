@@ -6,7 +6,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from instructrl.display import printable
-from instructrl.stages import matrix
+from instructrl.stages import matrix, overoptimisation
 from instructrl.stages.claims import FAILS, HOLDS, UNDECIDED
 from instructrl.stages.judging import BASELINE, BEST, NAMES
 from instructrl.stages.markup import cell, code, fenced, grid
@@ -154,6 +154,7 @@ def markdown(metrics: dict, shown: list[dict]) -> str:
         *gold_section(metrics),
         *tax_section(metrics),
         *reward_model_section(metrics),
+        *overoptimisation.section(metrics),
         *sample_section(shown),
         "## How this was made",
         making(metrics),

@@ -1,12 +1,15 @@
 """What is said of the models' answers: rewards, KL from SFT, judgements, and who wins."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow
+from transformers import PreTrainedModel
 
 from instructrl.stages import judging
+from instructrl.stages.answers import Answer
 from instructrl.stages.judging import BASELINE, Scorer
 from instructrl.stages.study import GREEDY, Study
 from instructrl.stages.winrate import outcomes
@@ -72,18 +75,7 @@ class Scores:
         reference = study.model(BASELINE)
         found = {(BASELINE, t): np.zeros(len(study.prompts))}
         for name in ("ppo", "ppo_ptx"):
-            rows = study.answers[name][t]
-            sequences = [row["ids"] + answer.ids for row, answer in zip(study.prompts, rows, strict=True)]
-            logprobs = score_logprobs(
-                reference,
-                sequences,
-                [len(row["ids"]) for row in study.prompts],
-                temperature=t,
-                pad_token_id=study.pad,
-                max_tokens=study.recipe.runtime.max_tokens,
-            )
-            theirs = np.array([float(values.sum()) for values in logprobs])
-            found[name, t] = np.array([answer.logprob for answer in rows]) - theirs
+            found[name, t] = log_ratios(study, reference, study.answers[name][t])
         return found
 
     def rows(self) -> list[dict]:
@@ -102,3 +94,16 @@ class Scores:
                     gold = self.gold.get((name, t))
                     rows.append(row | {"gold": json.dumps(gold[number]) if gold else None})
         return rows
+
+
+def log_ratios(study: Study, reference: PreTrainedModel, given: Sequence[Answer]) -> np.ndarray:
+    """log p(answer) - log p_reference(answer) of a policy's sampled answers: [prompts]."""
+    logprobs = score_logprobs(
+        reference,
+        [row["ids"] + answer.ids for row, answer in zip(study.prompts, given, strict=True)],
+        [len(row["ids"]) for row in study.prompts],
+        temperature=study.recipe.eval.temperature,
+        pad_token_id=study.pad,
+        max_tokens=study.recipe.runtime.max_tokens,
+    )
+    return np.array([answer.logprob - float(theirs.sum()) for answer, theirs in zip(given, logprobs, strict=True)])

@@ -1,12 +1,13 @@
 """An evaluation's models at work: each answers the held-out prompts, and is tested on what it knows."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from instructrl.config import Recipe
-from instructrl.stages import answers, benchmarks, judging
+from instructrl.stages import answers, benchmarks, judging, trajectory
 from instructrl.stages.answers import Answer
 from instructrl.stages.contract import Contract
 from instructrl.stages.judging import BASELINE, BEST, Scorer
@@ -58,30 +59,38 @@ class Study:
         return load_policy(self.inputs[name] / ("ema" if average else "model"), self.recipe)
 
     def asked(self) -> int:
-        """How many models are done."""
+        """How many pieces are done."""
         return len(list((self.folder / "checkpoints").glob("*.json")))
 
     def ask(self, name: str) -> None:
         """Leave a model's answers at each temperature, and what it knows, on the disk, unless they are there."""
-        done = self._found(name)
+        others = {"gpt_prompted": self._ask_prompted, BEST: self._ask_best}
+        self.keep(name, others.get(name, lambda: self._ask(name)))
+
+    def keep(self, piece: str, make: Callable[[], dict]) -> None:
+        """Leave on the disk what `make` returns, JSON, unless it is there."""
+        done = self._path(piece)
         if not done.exists():
-            others = {"gpt_prompted": self._ask_prompted, BEST: self._ask_best}
-            found = others[name]() if name in others else self._ask(name)
+            found = make()
             done.parent.mkdir(parents=True, exist_ok=True)
             half = done.with_suffix(".tmp")
             half.write_text(json.dumps(found))
             half.rename(done)
 
+    def found(self, piece: str) -> dict:
+        """What `keep` left there."""
+        return json.loads(self._path(piece).read_text())
+
+    def _path(self, piece: str) -> Path:
+        return self.folder / "checkpoints" / f"{piece}.json"
+
     def read(self, name: str) -> None:
         """Take what `ask` left on the disk."""
-        found = json.loads(self._found(name).read_text())
+        found = self.found(name)
         self.answers[name] = {float(key): [Answer(**row) for row in rows] for key, rows in found["answers"].items()}
         same = {"gpt_prompted": "gpt", BEST: BASELINE}  # weights
         self.knows[name] = self.knows[same[name]] if name in same else found["knows"]
         self.prefix = found.get("prefix", self.prefix)
-
-    def _found(self, name: str) -> Path:
-        return self.folder / "checkpoints" / f"{name}.json"
 
     def _ask(self, name: str) -> dict:
         model, limit = self.model(name), self.recipe.runtime.max_tokens
@@ -94,11 +103,14 @@ class Study:
         return {"answers": {key: [one.to_json() for one in rows] for key, rows in found.items()}, "knows": knows}
 
     def _ask_best(self) -> dict:
-        """Not greedily: there is one greedy answer only."""
-        reward_model, _ = load_reward_model(self.inputs["reward_model"] / "model", self.recipe)
+        """Not greedily: there is one greedy answer only. `drawn`: the scores of all answers, [n][prompts]."""
+        reward_model, bias = load_reward_model(self.inputs["reward_model"] / "model", self.recipe)
         ids = [row["ids"] for row in self.prompts]
-        found = answers.sample_best(self.model(BASELINE), reward_model, ids, self.contract, self.recipe)
-        return {"answers": {str(self.recipe.eval.temperature): [one.to_json() for one in found]}}
+        best, drawn = answers.sample_best(self.model(BASELINE), reward_model, ids, self.contract, self.recipe)
+        judged = [trajectory.judge_scores(self, self.prompts, given) for given, _ in drawn]
+        scored = {"proxy": [[reward - bias for reward in rewards] for _, rewards in drawn]}
+        scored |= {"judge": judged if judged[0] is not None else None}
+        return {"answers": {str(self.recipe.eval.temperature): [one.to_json() for one in best]}, "drawn": scored}
 
     def _ask_prompted(self) -> dict:
         recipe, model = self.recipe, self.model("gpt_prompted")
