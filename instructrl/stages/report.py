@@ -6,7 +6,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from instructrl.display import printable
-from instructrl.stages import matrix, overoptimisation
+from instructrl.stages import matrix, overoptimisation, tax
 from instructrl.stages.claims import FAILS, HOLDS, UNDECIDED
 from instructrl.stages.judging import BASELINE, BEST, NAMES
 from instructrl.stages.markup import cell, code, fenced, grid
@@ -153,6 +153,7 @@ def markdown(metrics: dict, shown: list[dict]) -> str:
         "corrected for the number of claims or of tasks. One run with one seed: another seed may move what is close.",
         *gold_section(metrics),
         *tax_section(metrics),
+        *tax.section(metrics.get("harness", [])),
         *reward_model_section(metrics),
         *overoptimisation.section(metrics),
         *sample_section(shown),
