@@ -280,6 +280,21 @@ def test_the_curve_ends_with_the_last_weights_where_the_average_answers(world_ru
     assert found["ppo@000500"] == inputs["ppo"] / "model"
 
 
+def test_the_scorecard_has_this_runs_numbers(world_run):
+    """24 prompts, and tasks of more than ten questions; the stages here left no numbers of the reward model."""
+    _, _, folder, _, metrics, _ = world_run
+    rows = {row["text"]: row for row in metrics["scorecard"]}
+    for name, title in (("gpt", "GPT"), ("ppo_ptx", "PPO-ptx")):
+        yours = rows[f"{title} against SFT: win rate"]["yours"]
+        assert (yours["number"], yours["n"]) == (metrics["models"][name]["win_rate"], 24)
+    lost = rows["PPO loses what GPT knew on a public task: difference"]["yours"]
+    task = lost["note"].removeprefix("on ")
+    assert lost["number"] == metrics["tax"]["tasks"][task]["ppo - gpt"]
+    assert lost["n"] == metrics["tax"]["questions"][task] > 10
+    assert rows["The reward model predicts its labelers' choices: accuracy"]["verdict"] == "not measured"
+    assert "## Paper versus you" in (folder / "report.md").read_text()
+
+
 def test_a_recipe_chooses_the_weights(world_run, tmp_path):
     """PPO's average lies beside its last weights; SFT and the base model have one set."""
     recipe, inputs, *_ = world_run

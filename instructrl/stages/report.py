@@ -6,7 +6,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from instructrl.display import printable
-from instructrl.stages import matrix, overoptimisation, tax
+from instructrl.stages import matrix, overoptimisation, scorecard, tax
 from instructrl.stages.claims import FAILS, HOLDS, UNDECIDED
 from instructrl.stages.judging import BASELINE, BEST, NAMES
 from instructrl.stages.markup import cell, code, fenced, grid
@@ -151,6 +151,7 @@ def markdown(metrics: dict, shown: list[dict]) -> str:
         "A claim holds if its 95 % interval is on the claimed side of the border, does not hold if it is on the other, "
         "and is undecided in between. No interval is "
         "corrected for the number of claims or of tasks. One run with one seed: another seed may move what is close.",
+        *scorecard.section(metrics),
         *gold_section(metrics),
         *tax_section(metrics),
         *tax.section(metrics.get("harness", [])),
