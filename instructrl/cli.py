@@ -172,5 +172,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's last flush fails too
         sys.exit(1)
     except OSError as error:
-        print(f"Error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
+        from instructrl.failure import writing
+
+        print(f"Error: {writing(error)}", file=sys.stderr)
         sys.exit(1)

@@ -527,7 +527,9 @@ class Runtime(Section):
     logging_steps: PositiveInt = 10
     """Optimizer steps between lines in `log.jsonl`."""
     offline: bool = False
-    """Never look at the Hub: only what is on this disk."""
+    """Never look at the Hub: only what is on this disk. A `tracker` keeps its runs there, too."""
+    tracker: Literal["none", "tensorboard", "wandb", "trackio", "mlflow"] = "none"
+    """Where training is watched: a run a stage, in a group that is the recipe's. See docs/trackers.md."""
 
 
 class Recipe(Section):

@@ -12,7 +12,7 @@ from instructrl.display import open_display
 from instructrl.errors import StageFailed, UserError
 from instructrl.key import sentence
 from instructrl.keys import closest, did_you_mean
-from instructrl.launch import check_trainers
+from instructrl.launch import check_tracker, check_trainers
 from instructrl.pipeline import LAST, NAMES, ordered, stages
 from instructrl.plan import StagePlan, make_plan
 from instructrl.points import compose_points
@@ -110,6 +110,8 @@ def run(planned: list[Job], command: list[str]) -> None:
     """
     began = time.time()
     for one in planned:
+        if one.runs:
+            check_tracker(one.composition.recipe)
         check_trainers(one.plan, one.composition.recipe)
     note_references(planned)
     failures: list[tuple[Job, UserError]] = []

@@ -5,12 +5,16 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from instructrl.config import Recipe
 from instructrl.errors import StageFailed, UserError
 from instructrl.plan import StagePlan
+
+TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "mlflow": ("mlflow", "mlflow-skinny")}
+"""`runtime.tracker` -> the packages that will do, if not that of its name."""
 
 
 def environment(recipe: Recipe) -> dict[str, str]:
@@ -42,6 +46,28 @@ def check_trainers(plan: Sequence[StagePlan], recipe: Recipe) -> None:
     )
     if problems:
         raise UserError("\n".join(problems))
+
+
+def check_tracker(recipe: Recipe) -> None:
+    """Miss a tracker's package before anything trains.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    tracker = recipe.runtime.tracker
+    if tracker != "none" and not any(map(installed, TRACKERS.get(tracker, (tracker,)))):
+        raise UserError(
+            f"runtime.tracker={tracker} needs the package {tracker}, which is not installed: "
+            f"pip install 'instructrl[{tracker}]', or set runtime.tracker=none."
+        )
+
+
+def installed(distribution: str) -> bool:
+    """Whether it is. (A folder of its name, as W&B makes one, can be imported, too.)"""
+    try:
+        return bool(version(distribution))
+    except PackageNotFoundError:
+        return False
 
 
 def preview(recipe: Recipe, data: Path, count: int) -> tuple[dict[str, Any], list[str]]:

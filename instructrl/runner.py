@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from graphlib import TopologicalSorter
 from pathlib import Path
 from types import FrameType
@@ -23,6 +23,7 @@ from instructrl.artifacts import ERROR, LOG, ORDER, RESULT, Artifact, Store, rea
 from instructrl.config import Recipe
 from instructrl.display import Display
 from instructrl.errors import StageFailed, UserError
+from instructrl.failure import cause, oom_kills, writing
 from instructrl.launch import environment
 from instructrl.packages import packages
 from instructrl.plan import StagePlan, checkpoint_steps, continues
@@ -65,7 +66,8 @@ def run_plan(
         with run.signals(), display:
             run.loop()
     finally:
-        store.remember(recipe.name, {p.stage.name: p.key for p in plan if p.stage.name in run.artifacts})
+        with suppress(OSError):  # it is of use to the next plan only
+            store.remember(recipe.name, {p.stage.name: p.key for p in plan if p.stage.name in run.artifacts})
     run.conclude()
     return run.artifacts
 
@@ -115,6 +117,8 @@ class Run:
                         self.artifacts[name] = future.result()
                         self.store.remember(self.recipe.name, {name: self.plan[name].key})
                         sorter.done(name)
+                    elif isinstance(error, OSError):
+                        self.failures[name] = StageFailed(f"{name} {writing(error, self.store.root)}.")
                     elif isinstance(error, Exception):
                         self.failures[name] = error
                 if self.stop_signal and not announced:  # not in the handler: it may interrupt a print
@@ -179,7 +183,7 @@ class Run:
             UserError: the stage says that the recipe or the data is wrong.
             StageFailed: it ended otherwise than by finishing.
         """
-        name, log = step.stage.name, partial / LOG
+        name, log, kills = step.stage.name, partial / LOG, oom_kills()
         with log.open("ab") as output:
             begin = output.tell()
             with self.guard:
@@ -203,10 +207,11 @@ class Run:
             return
         self.display.drop(name)
         order["spent"] += time.time() - order["started"]
-        write_atomically(partial / ORDER, json.dumps(order | {"started": time.time()}, indent=2))
-        raise self.failure(step, partial, code, begin)
+        with suppress(OSError):  # the disk may be what failed
+            write_atomically(partial / ORDER, json.dumps(order | {"started": time.time()}, indent=2))
+        raise self.failure(step, partial, code, begin, starved=oom_kills() > kills)
 
-    def failure(self, step: StagePlan, partial: Path, code: int, begin: int) -> UserError:
+    def failure(self, step: StagePlan, partial: Path, code: int, begin: int, starved: bool) -> UserError:
         """What to tell about a process that ended with this status, and whether to keep what it left."""
         name, said = step.stage.name, read_json(partial / ERROR)
         steps = checkpoint_steps(partial)
@@ -217,16 +222,10 @@ class Run:
         if self.stop_signal or code == SAVED_AND_STOPPED:
             saved = f"saved at step {max(steps)}" if steps else "had nothing to save yet"
             return StageFailed(f"{name} was stopped and {saved}.")
-        if said:
-            cause = f"failed: {said['message']}"
-        elif code < 0:
-            hint = "; was this machine out of memory?" if code == -signal.SIGKILL else ""
-            cause = f"was killed by {signal.Signals(-code).name}{hint}"
-        else:
-            cause = f"ended with status {code}"
         lines = tail(partial / LOG, begin)
+        told = cause(said, code, lines, starved, name, self.recipe, partial)
         shown = "".join(f"\n  | {line}" for line in lines)
-        return StageFailed(f"{name} {cause.rstrip('.')}.{shown}\nIts log: {partial / LOG}")
+        return StageFailed(f"{name} {told.rstrip('.')}.{shown}\nIts log: {partial / LOG}")
 
     def conclude(self) -> None:
         """Say what went wrong, if anything did."""

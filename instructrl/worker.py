@@ -7,40 +7,75 @@ lets the stages check their `trainer` mappings against TRL before anything train
 import importlib
 import json
 import math
+import os
 import sys
 import traceback
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from instructrl.artifacts import ERROR, ORDER, RESULT, write_atomically
 from instructrl.config import Recipe
 from instructrl.errors import UserError
+from instructrl.failure import explained
 
 
 def main(folder: Path) -> int:
     """Run the stage whose order lies in the folder. Returns the exit status; `error.json` says what went wrong."""
+    recipe = None
     try:
         order = json.loads((folder / ORDER).read_text())
         recipe = Recipe.model_validate(order["recipe"])
         inputs = {name: Path(path) for name, path in order["inputs"].items()}
         module = stage_module(order["module"])
         prepare_torch(recipe)
-        metrics = finite(module.run(order["stage"], recipe, inputs, folder))
+        with tracked(order["stage"], recipe, folder) as track:
+            metrics = finite(module.run(order["stage"], recipe, inputs, folder))
+            track(metrics)
         write_atomically(folder / RESULT, json.dumps(metrics, indent=2))
     except UserError as error:
         return report(folder, str(error), error.exit_code)
     except Exception as error:
-        traceback.print_exc()
-        message = " ".join(str(error).split()) or "no message"
-        return report(folder, f"{type(error).__name__}: {message}", 1)
+        with suppress(OSError):  # the log's disk may be full
+            traceback.print_exc()
+        message = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
+        return report(folder, message, 1, explained(error, folder.parent.name, recipe, folder) if recipe else None)
+    except SystemExit as stop:  # saved and stopped
+        return int(stop.code or 0)
     return 0
 
 
-def report(folder: Path, message: str, exit_code: int) -> int:
-    """Leave the sentence for the runner to print."""
-    print(message, file=sys.stderr, flush=True)
-    write_atomically(folder / ERROR, json.dumps({"message": message, "exit_code": exit_code}))
+@contextmanager
+def tracked(stage: str, recipe: Recipe, folder: Path) -> Generator[Callable[[dict[str, Any]], None]]:
+    """The stage's run in `runtime.tracker`; what it yields is to be told what the stage found in the end."""
+    if recipe.runtime.tracker == "none" or os.environ.get("RANK", "0") != "0":
+        yield lambda metrics: None
+        return
+    from instructrl.stages import tracker
+
+    with tracker.tracked(stage, recipe, folder) as run:
+        yield run.finish
+
+
+def leave(code: int) -> NoReturn:
+    """End the process, without waiting for a tracker that does not end."""
+    tracker = sys.modules.get("instructrl.stages.tracker")
+    if tracker and tracker.abandoned:
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def report(folder: Path, message: str, exit_code: int, cause: str | None = None) -> int:
+    """Leave the sentence for the runner to print; a `cause` is what stands after the stage's name in place of "failed".
+
+    Where even that cannot be written, the runner finds out by itself."""
+    with suppress(OSError):
+        print(cause or message, file=sys.stderr, flush=True)
+        said = {"message": message, "exit_code": exit_code} | ({"cause": cause} if cause else {})
+        write_atomically(folder / ERROR, json.dumps(said))
     return exit_code
 
 
@@ -96,4 +131,4 @@ def preview() -> int:
 
 if __name__ == "__main__":
     answers = {"--check": check, "--preview": preview}
-    sys.exit(answers[sys.argv[1]]() if sys.argv[1] in answers else main(Path(sys.argv[1])))
+    leave(answers[sys.argv[1]]() if sys.argv[1] in answers else main(Path(sys.argv[1])))

@@ -13,6 +13,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from instructrl.progress import Progress
+from instructrl.stages import tracker
 from instructrl.stages.divergence import Rows, check_finite, diverged, watched
 
 FOLDER = "checkpoints"  # in the stage's folder; deleted when its artifact is published
@@ -69,7 +70,8 @@ class Checkpoints(TrainerCallback):
 
 
 class Log(TrainerCallback):
-    """One JSON object a logged step in `log.jsonl`, and the numbers that matter to the progress display.
+    """One JSON object a logged step in `log.jsonl`, the numbers that matter to the progress display, and all of them to
+    the tracker, if there is one.
 
     Raises:
         StageFailed: the loss is not a number, after which training cannot recover.
@@ -79,8 +81,9 @@ class Log(TrainerCallback):
         self.path = folder / LOG
         self.progress = Progress(folder)
         self.shown: dict[str, float] = {}
+        self.tracker = tracker.current()
 
-    def on_train_begin(self, args, state, control, **_):
+    def on_train_begin(self, args, state, control, model=None, **_):
         """Drop what was logged after the checkpoint that training resumes from: those steps will be logged again."""
         if not state.is_world_process_zero:
             return
@@ -93,6 +96,8 @@ class Log(TrainerCallback):
                 except (ValueError, KeyError):  # half a line, written as the process was killed
                     break
         self.path.write_text("".join(kept), encoding="utf-8")
+        if self.tracker:
+            self.tracker.begin(args, state, control, model)
         self.progress.update(state.global_step, state.max_steps)
 
     def on_step_end(self, args, state, control, **_):
@@ -105,6 +110,8 @@ class Log(TrainerCallback):
         loss = logs.get("loss")
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step} | jsonable(logs)) + "\n")
+        if self.tracker:
+            self.tracker.log(args, state, control, logs)
         if loss is not None and not math.isfinite(loss):
             raise diverged(f"the loss is {loss}", state.global_step)
         self.shown |= {SHOWN[key]: value for key, value in logs.items() if key in SHOWN}

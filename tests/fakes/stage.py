@@ -37,6 +37,8 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
         if end == "crash":
             print("about to crash")
             raise RuntimeError("out of\ncheese")
+        if end in FAULTS:
+            FAULTS[end](folder)
         if end == "kill" and step == steps - 1:
             (folder / "half.txt").write_text("half")
             os.kill(os.getpid(), signal.SIGKILL)
@@ -47,6 +49,36 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
     (folder / "metrics.json").write_text(json.dumps({"table": TABLE}) if name == "eval" else "{}")
     return {"loss": 0.25, "lost": float("nan")}
 
+
+def full(folder: Path) -> None:
+    """As a disk without room does it."""
+    with Path("/dev/full").open("w") as file:
+        file.write("x")
+
+
+def fill(folder: Path) -> None:
+    """Write until the disk is full, or 64 MiB."""
+    with (folder / "big").open("wb") as file:
+        for _ in range(64):
+            file.write(bytes(2**20))
+
+
+def starve(folder: Path) -> None:
+    """Ask for more memory than `ulimit -v` allows."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))
+    bytearray(2**32)
+
+
+def eat(folder: Path) -> None:
+    """Take memory until the kernel minds, or 1 GiB."""
+    kept = []
+    for _ in range(64):
+        kept.append(b"x" * 2**24)
+
+
+FAULTS = {"full": full, "fill": fill, "starve": starve, "eat": eat}
 
 TABLE = {"columns": ["model", "wins"], "rows": [["GPT", 0.1], ["PPO", 0.75]], "notes": ["Judged by nobody."]}
 
