@@ -10,7 +10,7 @@ FAST := not slow and not gpu and not network
 STAGE_TESTS := $(patsubst %,tests/test_%.py,checkpoints eval label lora models ppo ppo_stage pretrain ranking reward_model sft trl_ppo)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-gpu test-slow test-trl-min parity check bench-ppo bench-reward bench-sft bench-data clean
+.PHONY: help run test test-gpu test-slow test-trl-min parity check bench-ppo bench-reward bench-sft bench-data scorecard clean
 
 help: ## Show these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -51,6 +51,10 @@ bench-sft: $(VENV)/.installed-dev ## Measure SFT beside TRL's trainer: tokens a 
 
 bench-data: $(VENV)/.installed-dev ## Measure the data stage on up to a million prompts: time, memory, disk
 	PYTHONPATH=. $(VENV)/bin/python tests/benchmarks/bench_data.py
+
+scorecard: $(VENV)/.installed ## Show the paper's claims beside the tiny world over three seeds; 12 minutes
+	$(VENV)/bin/instructrl run-all --multirun seed=0,1,2 $(ARGS)
+	$(VENV)/bin/python tests/benchmarks/scorecard.py 0 1 2 $(ARGS)
 
 clean: ## Remove the environment, caches and builds; artifacts stay
 	rm -rf $(VENV) $(TRL_MIN) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -457,6 +457,31 @@ class Endpoint(Section):
     """What else is in each request."""
 
 
+class Task(Section):
+    """One public task, run by lm-evaluation-harness (`instructrl[eval]`) on every model. docs/tasks.md lists ours."""
+
+    task: str
+    """The name of one of ours, `paper_hellaswag`, or of any task of the harness, `hellaswag`."""
+    path: str | None = None
+    """The questions: a file, a folder of files or a Hub id, with the columns that the task reads; null: the task's own
+    Hub data set."""
+    examples: str | None = None
+    """Where solved examples come from (`shots`), read as `path` is; null: the other questions, or the task's own."""
+    shots: NonNegativeInt = 0
+    """Solved examples before each question. Paper: 0, and as many as docs/tasks.md says (Table 14)."""
+    prompt: str | None = None
+    """Of the prompts that the paper tries on a task (`basic`, `respectful`, `biased`) this one; null: each of them."""
+    limit: PositiveInt | None = None
+    """The first so many questions; null: all."""
+    classifier: str | None = None
+    """For `paper_realtoxicity`: the folder or Hub id of a text classifier with a label that says toxic."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def name_alone(cls, value: Any) -> Any:
+        return {"task": value} if isinstance(value, str) else value
+
+
 class Eval(Section):
     """Samples and win rates of all five models, and what alignment cost. Paper section 4."""
 
@@ -483,6 +508,8 @@ class Eval(Section):
     best_of_n: NonNegativeInt = 0
     """One more baseline: of so many answers of SFT's, the one with the highest reward. Not in the paper; 0: none."""
     bootstrap_samples: PositiveInt = 2_000
+    tasks: tuple[Task, ...] = ()
+    """Public tasks by name, or {task, path, shots, limit, ...}; each question is asked of every model."""
     samples_shown: NonNegativeInt = 8
     """Prompts shown side by side in the report."""
 

@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from instructrl import printout
+from instructrl import printout, references
 from instructrl.artifacts import Artifact, Store
 from instructrl.display import open_display
 from instructrl.errors import StageFailed, UserError
@@ -110,6 +111,7 @@ def run(planned: list[Job], command: list[str]) -> None:
     began = time.time()
     for one in planned:
         check_trainers(one.plan, one.composition.recipe)
+    note_references(planned)
     failures: list[tuple[Job, UserError]] = []
     finished: list[tuple[Job, dict[str, Artifact]]] = []
     for number, one in enumerate(planned):
@@ -128,6 +130,17 @@ def run(planned: list[Job], command: list[str]) -> None:
         printout.show_sweep(finished, [one for one, _ in failures])
     if failures:
         raise StageFailed(f"{len(failures)} of {len(planned)} jobs failed; the same command goes on with them.")
+
+
+def note_references(planned: Sequence[Job]) -> None:
+    """Note what these runs refer to, so that `clean` keeps it."""
+    runs: dict[tuple[Path, str], list[tuple[str, str]]] = {}
+    for one in planned:
+        places = runs.setdefault((one.store.root, one.composition.recipe.name), [])
+        places += [(step.stage.name, step.fingerprint) for step in one.plan]
+    for (root, recipe), places in runs.items():
+        with suppress(OSError):  # a folder that cannot be written is named by what must write into it
+            references.note(Store(root), recipe, places)
 
 
 def run_one(one: Job, command: list[str], began: float) -> dict[str, Artifact]:

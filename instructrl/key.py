@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from instructrl import tasks
 from instructrl.config import Recipe, Source
 from instructrl.errors import UserError
 from instructrl.keys import dotted
@@ -159,6 +160,10 @@ def local_contents(recipe: Recipe, sections: Collection[str], hashes: Hashes, wh
             named |= {("data", name, number, "path"): source for number, source in enumerate(listed)}
     if "eval" in sections and recipe.eval.labels:
         named["eval", "labels", "path"] = recipe.eval.labels
+    if "eval" in sections:
+        for number, task in enumerate(recipe.eval.tasks):
+            for name, source in tasks.sources_of(task).items():
+                named["eval", "tasks", number, name] = source
     contents, problems = {}, []
     for location, source in named.items():
         try:

@@ -17,16 +17,23 @@ COLOURS = {  # verdict -> what both a light and a dark page show well
 
 
 def flowchart(planned: Iterable["Job"]) -> str:
-    """One chart of all jobs: a node an artifact, so that jobs of a sweep meet in the stages that they share."""
+    """One chart of all jobs: a node an artifact, so that jobs of a sweep meet in the stages that they share.
+
+    Of what a stage is made from, it shows what nothing else that it is made from is made from in turn.
+    """
     nodes: dict[str, str] = {}
     edges: dict[str, None] = {}
     for job in planned:
+        upstream: dict[str, set[str]] = {}
         steps = {step.stage.name: step for step in job.plan}
         for step in job.plan:
             line = f'  {node(step)}["{label(step)}"]:::{verdict(step)}'
             if nodes.get(node(step), ":::skip").endswith(":::skip"):  # one job may need what another can leave out
                 nodes[node(step)] = line
-            edges |= dict.fromkeys(f"  {node(steps[need])} --> {node(step)}" for need in step.stage.needs)
+            above = {name for need in step.stage.needs for name in upstream[need]}
+            upstream[step.stage.name] = above.union(step.stage.needs)
+            direct = [need for need in step.stage.needs if need not in above]
+            edges |= dict.fromkeys(f"  {node(steps[need])} --> {node(step)}" for need in direct)
     classes = [f"  classDef {name} {style}" for name, style in COLOURS.items()]
     return "\n".join(["flowchart TD", *nodes.values(), *edges, *classes])
 

@@ -197,8 +197,12 @@ def show_table(table: object) -> None:
         print(note)
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table as wide as it needs to be where the output is no terminal, else as wide as the terminal."""
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], left: int = 1) -> None:
+    """A table as wide as it needs to be where the output is no terminal, else as wide as the terminal.
+
+    Args:
+        left: how many columns are text; the others are numbers, and stand at the right.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -207,7 +211,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     console = Console()
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for position, column in enumerate(columns):
-        drawn.add_column(Text(str(column)), justify="left" if position == 0 else "right")
+        drawn.add_column(Text(str(column)), justify="left" if position < left else "right")
     for row in rows:
         drawn.add_row(*(Text(number(cell) if is_number(cell) else printable(str(cell))) for cell in row))
     if not console.is_terminal:

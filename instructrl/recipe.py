@@ -26,6 +26,7 @@ from instructrl.recipe_files import Location, RecipeFiles, explain_yaml, recipe_
 from instructrl.stages.sources import LISTS
 
 DEFAULT_RECIPE = "tiny"
+PATHS = ("path", "examples", "classifier")  # keys of sections that may name a file or folder
 
 
 @dataclass(frozen=True)
@@ -182,11 +183,14 @@ def resolve_paths(values: dict[str, Any], files: RecipeFiles, given: tuple[str, 
         found += [(("data", name, i), source) for name, sources in lists.items() for i, source in enumerate(sources)]
     if isinstance(evaluation, dict):
         found.append((("eval", "labels"), evaluation.get("labels")))
+        tasks = evaluation.get("tasks")
+        found += [(("eval", "tasks", i), task) for i, task in enumerate(tasks if isinstance(tasks, list) else [])]
     for location, section in found:
-        text = section.get("path") if isinstance(section, dict) else None
-        if isinstance(text, str) and text:
-            folder = None if is_given((*location, "path"), given) else files.folder((*location, "path"))
-            section["path"] = resolve_path(text, folder)
+        for name in PATHS:
+            text = section.get(name) if isinstance(section, dict) else None
+            if isinstance(text, str) and text:
+                folder = None if is_given((*location, name), given) else files.folder((*location, name))
+                section[name] = resolve_path(text, folder)
 
 
 def resolve_path(text: str, folder: Path | None) -> str:

@@ -12,6 +12,8 @@ from instructrl.recipe import recipe_names
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 
+RUN_NOTHING = ("plan", "config", "show", "runs", "clean")
+
 
 def commands() -> list[str]:
     """Every line that begins with `$` in a console block, without comments."""
@@ -44,13 +46,15 @@ def own_files(here: Path) -> Path:
 @pytest.mark.parametrize("command", [command for command in commands() if command.startswith("instructrl ")])
 def test_commands_plan(own_files: Path, instructrl: Instructrl, command: str) -> None:
     name, *arguments = command.split()[1:]
-    output = instructrl(name, *arguments, *([] if name in ("plan", "config", "show") else ["--dry-run"]))
+    output = instructrl(
+        name, *arguments, *([] if name in ("plan", "config", "show", "runs", "clean") else ["--dry-run"])
+    )
     assert output.code == 0, output.err
     assert "run " in output.out
 
 
 def test_every_command_and_recipe_is_named() -> None:
-    for name in ("run-all", "plan", "config", "show", *(name.replace("_", "-") for name in NAMES)):
+    for name in ("run-all", *RUN_NOTHING, *(name.replace("_", "-") for name in NAMES)):
         assert f"`{name}`" in README or f"`instructrl {name}" in README, name
     for name in recipe_names():
         assert f"| `{name}` |" in README

@@ -5,14 +5,15 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback
 
-from instructrl.errors import StageFailed
 from instructrl.progress import Progress
+from instructrl.stages.divergence import Rows, check_finite, diverged, watched
 
 FOLDER = "checkpoints"  # in the stage's folder; deleted when its artifact is published
 LOG = "log.jsonl"
@@ -110,7 +111,7 @@ class Log(TrainerCallback):
         self.progress.update(state.global_step, state.max_steps, **self.shown)
 
 
-def train(trainer: Trainer, folder: Path, save_minutes: float = 10.0) -> float:
+def train(trainer: Trainer, folder: Path, save_minutes: float = 10.0, tables: Sequence[Rows] = ()) -> float:
     """Train to the end, from the last complete checkpoint in `folder / "checkpoints"` if there is one.
 
     On SIGTERM: saves, and exits with code 75 once the checkpoint is complete.
@@ -120,19 +121,21 @@ def train(trainer: Trainer, folder: Path, save_minutes: float = 10.0) -> float:
             (`save_strategy="no"`), with `save_total_limit` at 2: the oldest is deleted before the newest is marked.
         folder: the stage's folder, which gets `log.jsonl` and `progress.json`.
         save_minutes: time between checkpoints.
+        tables: where the rows of the training set come from, for the message of a training that diverges.
 
     Returns:
         The mean training loss since the start, or since the resumption.
 
     Raises:
-        StageFailed: the loss is not a number.
+        StageFailed: a loss, a gradient or a weight is not a number.
     """
     checkpoints = Checkpoints(save_minutes)
     trainer.add_callback(checkpoints)
     trainer.add_callback(Log(folder))
     previous = signal.signal(signal.SIGTERM, checkpoints.stop)
     try:
-        loss = trainer.train(resume_from_checkpoint=last_checkpoint(folder / FOLDER)).training_loss
+        with watched(trainer, tables, lambda: last_checkpoint(folder / FOLDER)):
+            loss = trainer.train(resume_from_checkpoint=last_checkpoint(folder / FOLDER)).training_loss
     finally:
         signal.signal(signal.SIGTERM, previous)
     if trainer.state.global_step < trainer.state.max_steps:
@@ -155,21 +158,6 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     flags = torch.tensor(int(flag), device=device)
     torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
     return bool(flags)
-
-
-def check_finite(model: torch.nn.Module, step: int) -> None:
-    """Never save weights from which nothing can be learnt any more.
-
-    Raises:
-        StageFailed: a weight is nan or infinite.
-    """
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise diverged(f"{name} is not finite", step)
-
-
-def diverged(what: str, step: int) -> StageFailed:
-    return StageFailed(f"training diverged: {what} at step {step}; lower the learning rate.")
 
 
 def jsonable(logs: dict[str, Any]) -> dict[str, Any]:

@@ -3,15 +3,16 @@
 GPT is the base model, GPT (prompted) the same behind a few-shot prefix; then SFT, PPO and PPO-ptx. A recipe may ask for
 one more baseline, the best of several of SFT's answers. All answer the same held-out prompts with the same random
 numbers. What a model has done is kept in `checkpoints/`, so that an evaluation that was interrupted goes on with the
-next model. So are PPO's snapshots (`trajectory.py`).
+next model, and with the next public task of a model. So are PPO's snapshots (`trajectory.py`).
 """
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from instructrl.config import Recipe
 from instructrl.progress import Progress
-from instructrl.stages import models, report, trajectory
+from instructrl.stages import models, report, tax, trajectory
 from instructrl.stages.judging import BEST
 from instructrl.stages.numbers import measure
 from instructrl.stages.parallel import forked
@@ -19,12 +20,16 @@ from instructrl.stages.scores import SAMPLES, Scores
 from instructrl.stages.study import Study
 from instructrl.stages.tables import write_table
 
+if TYPE_CHECKING:
+    from instructrl.stages.harness import Harness
+
 
 def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dict:
     """Evaluate the models. Writes `samples.parquet`, `metrics.json` and `report.md`; returns the main numbers."""
     study = Study(recipe, inputs, folder)
+    harness = public_tasks(study)
     snapshots = trajectory.pieces(study)
-    progress, steps = Progress(folder), len(study.names) + len(snapshots) + 2
+    progress, steps = Progress(folder), len(study.names) + len(snapshots) + 2 + (len(harness) if harness else 0)
 
     def ask(piece: str) -> None:
         if piece in snapshots:
@@ -38,13 +43,31 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
     forked(ask, longest_first, recipe.runtime.jobs, models.device(recipe))
     for model in study.names:
         study.read(model)
+    if harness:
+        forked(
+            lambda model: harness.ask(model, lambda: progress.update(study.asked() + harness.done(), steps)),
+            harness.names,
+            recipe.runtime.jobs,
+            models.device(recipe),
+        )
     progress.update(steps - 2, steps)
     scores = Scores(study)
     progress.update(steps - 1, steps)
     metrics = measure(study, scores)
+    if harness:
+        metrics["harness"] = tax.measured(harness.read())
     write_table(folder / "samples.parquet", scores.rows(), SAMPLES)
     study.contract.save(folder, tokenizer=False)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(report.markdown(metrics, report.shown(study, scores)), encoding="utf-8")
     progress.update(steps, steps)
     return report.headline(metrics)
+
+
+def public_tasks(study: Study) -> "Harness | None":
+    """The tasks of `eval.tasks`; lm-evaluation-harness, an extra, is only imported where there are some."""
+    if not study.recipe.eval.tasks:
+        return None
+    from instructrl.stages.harness import Harness
+
+    return Harness(study)

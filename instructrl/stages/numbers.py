@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from instructrl.stages import claims, judging, matrix, preferences, ratings, report, trajectory, use_cases
+from instructrl.stages import claims, judging, matrix, preferences, ratings, report, scorecard, trajectory, use_cases
 from instructrl.stages.judges import Labelled, Side
 from instructrl.stages.judging import BASELINE, BEST, NAMES
 from instructrl.stages.length_control import length_controlled
@@ -103,6 +103,7 @@ def measure(study: Study, scores: Scores) -> dict:
     metrics["use_cases"] = use_cases.by_use_case(study.prompts, won, samples, FEWEST)
     metrics["use_case_table"] = use_cases.table(metrics["use_cases"], study.names, FEWEST)
     metrics["overoptimisation"] = trajectory.measure(study, scores)
+    metrics["scorecard"] = scorecard.scorecard(metrics)
     return metrics
 
 
@@ -164,7 +165,7 @@ def text_terms(study: Study, name: str, kind: str | None = None) -> tuple[list[f
 def tax_changes(study: Study, samples: int) -> dict:
     """For each public task and kind of text: PPO - GPT, PPO - SFT, PPO-ptx - PPO and so on, paired by question.
 
-    Accuracies in shares, losses in nats per token; for losses more is worse.
+    Accuracies in shares, losses in nats per token; for losses more is worse. `questions`: how many each task has.
     """
     pairs = {"sft - gpt": ("sft", "gpt"), "ppo - gpt": ("ppo", "gpt"), "ppo - sft": ("ppo", "sft")}
     pairs |= {"ppo_ptx - ppo": ("ppo_ptx", "ppo"), "ppo_ptx - gpt": ("ppo_ptx", "gpt")}
@@ -178,7 +179,8 @@ def tax_changes(study: Study, samples: int) -> dict:
     if study.text:
         terms = {name: text_terms(study, name) for name in NAMES}
         text["all"] = {key: list(ratio_difference([terms[a], terms[b]], samples)) for key, (a, b) in pairs.items()}
-    return {"tasks": tasks, "text_loss": text}
+    questions = {task: len(right) for task, right in study.knows["gpt"]["tasks"].items()}
+    return {"tasks": tasks, "text_loss": text, "questions": questions}
 
 
 def check_claims(study: Study, scores: Scores, labelled: dict, metrics: dict) -> list[dict]:

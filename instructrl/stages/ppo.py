@@ -8,6 +8,7 @@ from instructrl.config import PPO, Recipe
 from instructrl.errors import UserError
 from instructrl.stages.checkpoints import FOLDER, train
 from instructrl.stages.contract import Contract
+from instructrl.stages.divergence import Rows
 from instructrl.stages.lora import adapted, merged_weights
 from instructrl.stages.models import device, load_policy, load_reward_model, save
 from instructrl.stages.snapshots import Snapshots, iterations
@@ -62,6 +63,7 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
     else:
         set_seed(recipe.seed)  # adapters are drawn
         policy, critic = adapted(policy, recipe), adapted(critic, recipe)
+        documents = read_documents(name, section, inputs["data"], contract) if section.ptx_coef else []
         args = arguments(recipe, section, bias, folder / FOLDER)
         trainer = PPOTrainer(
             args=args,
@@ -70,10 +72,14 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
             value_model=critic,
             reward_model=reward_model,
             train_dataset=prompts,
-            ptx_dataset=read_documents(name, section, inputs["data"], contract) if section.ptx_coef else None,
+            ptx_dataset=documents or None,
             callbacks=[Snapshots(policy, folder, section.snapshots, args.num_iterations, args.steps_per_iteration)],
         )
-        train(trainer, folder, recipe.runtime.save_minutes)
+        tables = [
+            Rows(inputs["data"] / "prompts.train.parquet", [row["number"] for row in prompts]),
+            Rows(inputs["data"] / "text.train.parquet", range(len(documents))),
+        ]
+        train(trainer, folder, recipe.runtime.save_minutes, tables)
         ema, log = trainer.ema, [line for line in trainer.state.log_history if FINAL["kl"] in line]
         held_out = evaluated(trainer, read_held_out(name, recipe, inputs["data"], contract, network(policy)))
     save(network(policy), contract, folder / "model", merged_weights(policy))
@@ -158,8 +164,9 @@ def read_held_out(name: str, recipe: Recipe, data: Path, contract: Contract, pol
 
 
 def short_enough(rows: list[dict], contract: Contract, longest: int) -> list[dict]:
+    """The rows of that length, as `prompt_ids`, with the `number` of each, from 0."""
     encoded = (contract.prompt(row["prompt"]) for row in rows)
-    return [{"prompt_ids": ids} for ids in encoded if len(ids) <= longest]
+    return [{"prompt_ids": ids, "number": number} for number, ids in enumerate(encoded) if len(ids) <= longest]
 
 
 def longest_prompt(name: str, recipe: Recipe, policy: PreTrainedModel) -> int:

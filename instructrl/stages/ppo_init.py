@@ -55,11 +55,11 @@ def draw_documents(recipe: Recipe, data: Path, contract: Contract, limits: Limit
     if not texts:
         raise UserError("ppo_init has no pretraining text: set data.text, or ppo_init.pretraining_share=0.")
     chance = random.Random(f"ppo_init {recipe.seed}")
-    order: list[str] = []
+    order: list[int] = []
     while len(order) < count:
-        order += chance.sample(texts, len(texts))
+        order += chance.sample(range(len(texts)), len(texts))
     cut = min(section.ptx_max_length, limits.both)
-    return [document_row(contract, text, cut) for text in order[:count]]
+    return [document_row(contract, texts[number], cut) | {"number": number} for number in order[:count]]
 
 
 def document_row(contract: Contract, text: str, cut: int) -> dict[str, list[int]]:

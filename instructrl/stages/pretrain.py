@@ -21,6 +21,7 @@ from instructrl.config import Pretrain, Recipe
 from instructrl.errors import UserError
 from instructrl.stages.checkpoints import FOLDER, train
 from instructrl.stages.contract import PAD, Contract
+from instructrl.stages.divergence import Rows
 from instructrl.stages.models import device, save_base
 from instructrl.stages.tables import read_table
 from instructrl.trainers.muon import MuonAdamW, parameter_groups
@@ -49,7 +50,8 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
     contract = Contract(make_tokenizer(texts, settings.vocab_size))
     set_seed(recipe.seed)
     model = make_model(settings, contract.tokenizer)
-    documents = [piece for text in texts for piece in pieces(contract.document(text), settings.context_length)]
+    cut = [pieces(contract.document(text), settings.context_length) for text in texts]
+    documents = [piece for of_text in cut for piece in of_text]
     batches = Batches(documents, settings.tokens_per_step, settings.steps, recipe.seed, contract.tokenizer.pad_token_id)
     trainer = LanguageModelTrainer(
         model=model,
@@ -65,7 +67,9 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
             None,
         ),
     )
-    train_loss = train(trainer, folder, recipe.runtime.save_minutes)
+    numbers = [number for number, of_text in enumerate(cut) for _ in of_text]
+    tables = [Rows(inputs["data"] / "text.train.parquet", numbers)]
+    train_loss = train(trainer, folder, recipe.runtime.save_minutes, tables)
     save_base(model, contract.tokenizer, folder / "model")
     return {
         "parameters": model.num_parameters(),
@@ -273,6 +277,10 @@ class LanguageModelTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         return language_model_loss(model, inputs["input_ids"])
+
+    def batch_rows(self, step: int) -> list[int]:
+        """The documents that an optimizer step reads, from step 1 on."""
+        return self.train_dataset.rows[step - 1]
 
 
 def language_model_loss(model: LlamaForCausalLM, ids: Tensor, reduction: str = "mean") -> Tensor:

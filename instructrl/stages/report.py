@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from instructrl.display import printable
-from instructrl.stages import judges, matrix, overoptimisation, ratings
+from instructrl.stages import judges, matrix, overoptimisation, ratings, scorecard, tax
 from instructrl.stages.claims import FAILS, HOLDS, UNDECIDED
 from instructrl.stages.judging import BASELINE, BEST, NAMES
 from instructrl.stages.markup import cell, code, fenced, grid
@@ -154,8 +154,10 @@ def markdown(metrics: dict, shown: list[dict]) -> str:
         "A claim holds if its 95 % interval is on the claimed side of the border, does not hold if it is on the other, "
         "and is undecided in between. No interval is "
         "corrected for the number of claims or of tasks. One run with one seed: another seed may move what is close.",
+        *scorecard.section(metrics),
         *gold_section(metrics),
         *tax_section(metrics),
+        *tax.section(metrics.get("harness", [])),
         *reward_model_section(metrics),
         *overoptimisation.section(metrics),
         *sample_section(shown),

@@ -17,6 +17,7 @@ from instructrl.stages import lora, models, preferences
 from instructrl.stages.arguments import check_trainer, counted, optimizer, trainer_arguments
 from instructrl.stages.checkpoints import FOLDER, train
 from instructrl.stages.contract import Contract, Limits
+from instructrl.stages.divergence import Rows
 from instructrl.stages.tables import read_table
 from instructrl.stages.winrate import Interval
 from instructrl.trainers.ranking import KWiseRewardTrainer, has_pair, score
@@ -60,7 +61,8 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
         processing_class=contract.tokenizer,
         optimizers=(optimizer(model, recipe.reward_model), None),
     )
-    train_loss = train(trainer, folder, recipe.runtime.save_minutes)
+    tables = [Rows(source / f"rankings.{train_table}.parquet", [row["number"] for row in rows])]
+    train_loss = train(trainer, folder, recipe.runtime.save_minutes, tables)
     bias = demonstrations_mean(model, inputs["data"], contract, limits, recipe)
     model.config.reward_bias = bias
     models.save(model, contract, folder / "model", lora.merged_weights(trained))
@@ -75,17 +77,17 @@ def check(recipe: Recipe) -> None:
 
 
 def encode(rankings: list[dict], contract: Contract, limits: Limits, dropped: Counter) -> list[dict]:
-    """Rankings with `completion_ids`: prompt and response of each. Over-long responses, and rankings that have no pair
-    left, are counted in `dropped`."""
+    """Rankings with their `number`, from 0, and `completion_ids`: prompt and response of each. Over-long responses, and
+    rankings that have no pair left, are counted in `dropped`."""
     rows = []
-    for ranking in rankings:
+    for number, ranking in enumerate(rankings):
         prompt = contract.prompt(ranking["prompt"], limits.prompt)
         responses = [contract.response(text, limits.response) for text in ranking["responses"]]
         problems = [limits.problem(prompt, response) for response in responses]
         for problem in filter(None, problems):
             dropped[f"responses {problem}"] += 1
         kept = [i for i, problem in enumerate(problems) if problem is None]
-        row = ranking | {"completion_ids": [prompt + responses[i] for i in kept]}
+        row = ranking | {"number": number, "completion_ids": [prompt + responses[i] for i in kept]}
         for column in ("responses", "ranks", "gold"):
             row[column] = [ranking[column][i] for i in kept] if ranking[column] else []
         for column in ("annotators", "held_out"):

@@ -18,6 +18,7 @@ from instructrl.stages import lora, models
 from instructrl.stages.arguments import check_trainer, counted, optimizer, trainer_arguments
 from instructrl.stages.checkpoints import FOLDER, train
 from instructrl.stages.contract import Contract, Limits
+from instructrl.stages.divergence import Rows
 from instructrl.stages.tables import read_table
 from instructrl.trainers.actor_critic import network
 from instructrl.trainers.rollout import length_batches
@@ -30,7 +31,8 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
 
 
 Draw = Callable[[Contract, Limits, int], list[dict]]
-"""(contract, limits, number of demonstrations) -> pretraining documents, as rows like those of `encode`."""
+"""(contract, limits, number of demonstrations) -> pretraining documents, as rows like those of `encode`, their numbers
+in `text.train.parquet`."""
 
 
 def fine_tune(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path, draw: Draw | None = None) -> dict:
@@ -65,13 +67,17 @@ def fine_tune(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path, 
     trainer = FastSFTTrainer(
         model=model,
         args=arguments(recipe, folder / FOLDER, name),
-        train_dataset=Dataset.from_list(rows + documents),
-        eval_dataset=Dataset.from_list(held_out) if held_out else None,
+        train_dataset=dataset(rows + documents),
+        eval_dataset=dataset(held_out) if held_out else None,
         processing_class=tokenizer,
         optimizers=(optimizer(model, section), None),
     )
+    tables = [
+        Rows(inputs["data"] / table, [row["number"] for row in of])
+        for table, of in (("demonstrations.train.parquet", rows), ("text.train.parquet", documents))
+    ]
     with residual_dropout(network(model), section.residual_dropout, name):
-        train_loss = train(trainer, folder, recipe.runtime.save_minutes)
+        train_loss = train(trainer, folder, recipe.runtime.save_minutes, tables)
     metrics = {
         "demonstrations": len(rows),
         **({"documents": len(documents)} if draw else {}),
@@ -102,7 +108,8 @@ def arguments(recipe: Recipe, checkpoints: Path, name: str = "sft") -> SFTConfig
 def encode(path: Path, contract: Contract, limits: Limits) -> tuple[list[dict], Counter]:
     """(rows for TRL, why the others were dropped).
 
-    A row is `input_ids`, prompt and response joined, and `completion_mask`, 1 on the response's tokens, EOS included.
+    A row is `input_ids`, prompt and response joined, `completion_mask`, 1 on the response's tokens, EOS included, and
+    its `number` in the table, from 0.
 
     Raises:
         UserError: a response is empty.
@@ -117,8 +124,13 @@ def encode(path: Path, contract: Contract, limits: Limits) -> tuple[list[dict], 
         if problem:
             dropped[problem] += 1
         else:
-            rows.append(joined(prompt, response))
+            rows.append(joined(prompt, response) | {"number": number - 1})
     return rows, dropped
+
+
+def dataset(rows: list[dict]) -> Dataset:
+    """What TRL trains on, of rows as `encode` makes them."""
+    return Dataset.from_list([{key: row[key] for key in ("input_ids", "completion_mask")} for row in rows])
 
 
 def joined(prompt: list[int], response: list[int]) -> dict[str, list[int]]:

@@ -6,6 +6,7 @@ This module imports neither torch nor datasets before it needs them: `check` run
 from collections.abc import Iterator
 from pathlib import Path
 
+from instructrl import tasks
 from instructrl.columns import nearest
 from instructrl.config import Data, Recipe, Source
 from instructrl.errors import UserError
@@ -60,6 +61,7 @@ def check(recipe: Recipe) -> None:
     """Find missing files, empty files and missing columns before anything runs: reads the start of local sources."""
     from instructrl.stages import records
 
+    tasks.check(recipe)
     if not recipe.data.world:
         _check_kinds(recipe)
         _check_extras(recipe)

@@ -27,7 +27,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from instructrl.config import PPO, Recipe
 from instructrl.errors import UserError
 from instructrl.stages.arguments import largest_divisor
-from instructrl.stages.checkpoints import FOLDER, LOG, check_finite
+from instructrl.stages.checkpoints import FOLDER, LOG
+from instructrl.stages.divergence import check_finite
 from instructrl.stages.models import device
 from instructrl.stages.trl_log import TRLLog, counted_sampling
 

@@ -102,9 +102,14 @@ class Experience:
         for iteration in range(self.first_step() // args.steps_per_iteration, args.num_iterations):
             episodes = self.sample(iteration)
             for epoch in range(args.num_ppo_epochs):
-                order = torch.randperm(args.batch_size, generator=seeded(args.seed, "minibatches", iteration, epoch))
-                for rows in order.chunk(args.num_mini_batches):
-                    yield {"episodes": episodes, "rows": rows.tolist()}
+                for rows in minibatches(args, iteration, epoch):
+                    yield {"episodes": episodes, "rows": rows}
+
+
+def minibatches(args: PPOConfig, iteration: int, epoch: int) -> list[list[int]]:
+    """The episodes of each minibatch of a pass over an iteration's batch, as numbers within it."""
+    order = torch.randperm(args.batch_size, generator=seeded(args.seed, "minibatches", iteration, epoch))
+    return [rows.tolist() for rows in order.chunk(args.num_mini_batches)]
 
 
 class Passes:

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from instructrl.trainers import completions, losses, rollout
 from instructrl.trainers.actor_critic import ActorCritic, disable_dropout, freeze, load_weights, network
 from instructrl.trainers.ema import EMA
-from instructrl.trainers.experience import Episodes, Experience, MicroBatch, Passes, seeded
+from instructrl.trainers.experience import Episodes, Experience, MicroBatch, Passes, minibatches, seeded
 from instructrl.trainers.gelu import fuse_gelu
 from instructrl.trainers.kl import KLController
 from instructrl.trainers.packing import Pack
@@ -397,6 +397,16 @@ class PPOTrainer(Trainer):
                 total += loss.detach()
         self.record({"loss/ptx": total})
 
+    def batch_rows(self, step: int) -> list[int]:
+        """What an optimizer step (from 1) reads: prompts, and pretraining examples, numbered after all prompts."""
+        args = self.args
+        iteration, minibatch = divmod(step - 1, args.steps_per_iteration)
+        epoch, number = divmod(minibatch, args.num_mini_batches)
+        numbers = self.prompt_order.rows(iteration * args.batch_size, args.batch_size)
+        prompts = [numbers[row] for row in minibatches(args, iteration, epoch)[number]]
+        ptx = self.ptx_order.rows((step - 1) * args.ptx_batch_size, args.ptx_batch_size) if self.ptx_order else []
+        return prompts + [len(self.prompts) + row for row in ptx]
+
     def pack(self, sequences: list[list[int]], prompt_lengths: list[int]) -> Pack:
         """The sequences, and in each the positions that predict what follows its first `prompt_lengths` tokens."""
         wanted = [rollout.predicting(ids, start) for ids, start in zip(sequences, prompt_lengths, strict=True)]
@@ -407,7 +417,7 @@ class PPOTrainer(Trainer):
         policy = clip_grad_norm_(self.model.policy.parameters(), self.args.max_grad_norm)
         critic = clip_grad_norm_(self.model.critic.parameters(), self.args.max_grad_norm)
         self.record({"grad_norm": policy, "critic/grad_norm": critic})
-        return policy
+        return torch.maximum(policy, critic)  # not finite if one of them is not
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One optimizer, in which policy and critic have their own learning rates."""
