@@ -170,11 +170,17 @@ def local_contents(recipe: Recipe, sections: Collection[str], hashes: Hashes, wh
             contents[location] = source_content(source, dotted(location[:-1]), hashes)
         except UserError as error:
             problems.append(sentence(f"{where(location)}{error}"))
+    folders: dict[Location, str] = {}
     if "model" in sections and recipe.model.path is not None:
+        folders["model", "path"] = recipe.model.path
+    if "eval" in sections:
+        scored = ((number, task.classifier) for number, task in enumerate(recipe.eval.tasks))
+        folders |= {("eval", "tasks", number, "classifier"): path for number, path in scored if path}
+    for location, path in folders.items():
         try:
-            contents["model", "path"] = model_content(recipe.model.path, hashes)
+            contents[location] = model_content(path, hashes, dotted(location))
         except UserError as error:
-            problems.append(sentence(f"{where(('model', 'path'))}{error}"))
+            problems.append(sentence(f"{where(location)}{error}"))
     if problems:
         raise UserError("\n".join(problems))
     return contents
@@ -191,18 +197,18 @@ def source_content(source: Source, key: str, hashes: Hashes) -> str:
     return folder_content(root, files, hashes, key)
 
 
-def model_content(path: str, hashes: Hashes) -> str:
-    """What stands for `model.path` in a key: the content of the folder, or the Hub id."""
+def model_content(path: str, hashes: Hashes, key: str) -> str:
+    """What stands for a model in a key: the content of the folder, or the Hub id."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UserError(f"model.path: the folder {path} has no config.json, so it holds no model.")
+            raise UserError(f"{key}: the folder {path} has no config.json, so it holds no model.")
         files = [file for file in folder.iterdir() if file.is_file() and file.suffix in MODEL_FILES]
-        return folder_content(folder, files, hashes, "model.path")
+        return folder_content(folder, files, hashes, key)
     if folder.is_file():
-        raise UserError(f"model.path: {path} is a file; name the folder that holds config.json and the weights.")
+        raise UserError(f"{key}: {path} is a file; name the folder that holds config.json and the weights.")
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or not path:
-        raise UserError(f"model.path: there is no folder {path or repr(path)}.")
+        raise UserError(f"{key}: there is no folder {path or repr(path)}.")
     return path
 
 

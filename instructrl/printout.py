@@ -50,8 +50,10 @@ def show_plan(job: "Job") -> None:
     if not running:
         print(done(job))
         return
-    known = [step.estimate.seconds for step in running if step.estimate]
-    estimate = f", about {duration(sum(known))} by last time" if len(known) == len(running) else ""
+    known = [step.estimate for step in running if step.estimate]
+    by = "last time" if all(estimate.same_recipe for estimate in known) else "the run of a recipe like it"
+    seconds = sum(estimate.seconds for estimate in known)
+    estimate = f", about {duration(seconds)} by {by}" if len(known) == len(running) else ""
     print(f"{len(running)} of {len(job.plan)} stages to run{estimate}.", flush=True)
 
 

@@ -32,6 +32,7 @@ class Survey(Store):
         self.folders: dict[str, Collection[str]] = {}
         self.last: dict[str, dict[str, dict[str, Any]]] = {}
         self.contents: dict[tuple[str, ...], dict[Location, str]] = {}
+        self.packages: dict[str, dict[str, str]] = {}
         self.checked: set[str] = set()
         self.estimates: dict[tuple[str, str], Estimate | None] = {}
 
@@ -40,7 +41,14 @@ class Survey(Store):
         place = (stage, fingerprint(key))
         if place not in self.found:
             self.found[place] = super().find(stage, key) if place[1] in self.names(stage) else None
+            self.share_packages(self.found[place])
         return self.found[place]
+
+    def share_packages(self, artifact: Artifact | None) -> None:
+        """Keep one list of packages for all artifacts made with the same: it is most of a manifest."""
+        if artifact and "packages" in artifact.made:
+            packages = artifact.made["packages"]
+            artifact.made["packages"] = self.packages.setdefault(canonical(packages), packages)
 
     def names(self, stage: str) -> Collection[str]:
         """The names in the stage's folder."""

@@ -55,11 +55,28 @@ def test_second_run_is_quick(here: Path, instructrl: Instructrl, fakes: None) ->
     assert cpu_seconds("-m", "fakes.cli", "data", "recipe=base.yaml") < 1.5  # 0.6 on an idle core
 
 
+def test_a_large_sweep_is_planned_quickly(here: Path) -> None:
+    one = cpu_seconds("-m", "instructrl", "plan", "recipe=base.yaml")
+    many = cpu_seconds("-m", "instructrl", "plan", "recipe=base.yaml", "seed=range(0,500)", "--multirun")
+    assert many < 3.5 * one  # where one takes half a second, under two
+
+
 def test_help_names_every_command(instructrl: Instructrl) -> None:
     result = instructrl("--help")
     assert result.code == 0
     listed = re.findall(r"^  ([a-z-]+) ", result.out.split("Commands:")[1], re.MULTILINE)
-    assert listed == ["run-all", "plan", "config", "show", "runs", "clean", *(name.replace("_", "-") for name in NAMES)]
+    assert listed == [
+        "run-all",
+        "plan",
+        "config",
+        "show",
+        "runs",
+        "diff",
+        "verify",
+        "logs",
+        "clean",
+        *(name.replace("_", "-") for name in NAMES),
+    ]
     assert "..." not in result.out.split("Commands:")[1]  # every line is whole
 
 

@@ -311,6 +311,19 @@ def forms(values: dict[str, Any], rng: random.Random, folder: Path) -> list[list
     rest = {name: section for name, section in whole.items() if name not in included}
     (folder / "part.yaml").write_text(yaml.safe_dump(included))
     (folder / "below.yaml").write_text(yaml.safe_dump({"defaults": ["part", "_self_"]} | rest))
+    names = {
+        "d.jsonl": "e.jsonl",
+        "ranked": "again",
+        "p.jsonl.gz": "q.jsonl.gz",
+        "t.txt": "u.txt",
+        "exam.jsonl": "x.jsonl",
+    }
+    renamed = json.dumps(whole)
+    for name, other in names.items():
+        if not (folder / other).exists():
+            (folder / other).symlink_to(folder / name)  # a link is another name, too
+        renamed = renamed.replace(f'"path": "{name}"', f'"path": "{other}"')
+    (folder / "renamed.yaml").write_text(renamed)
     runtime = ["runtime.jobs=2", "runtime.micro_batch_size=3", "name=other", "runtime.output_dir=elsewhere"]
     return [
         ["recipe=plain.yaml"],
@@ -318,6 +331,7 @@ def forms(values: dict[str, Any], rng: random.Random, folder: Path) -> list[list
         ["recipe=full.yaml"],
         ["recipe=mine.yaml", *given],
         ["recipe=below.yaml"],
+        ["recipe=renamed.yaml"],
         ["recipe=plain.yaml", *(a for a in runtime if a.partition("=")[0] not in values)],
     ]
 
@@ -346,7 +360,7 @@ def test_a_recipe_has_one_fingerprint_however_it_is_written(files: Path) -> None
 
 @pytest.mark.slow
 def test_two_thousand_spellings_have_one_fingerprint_each(files: Path) -> None:
-    run_one(files, 334)  # recipes, each in six forms
+    run_one(files, 286)  # recipes, each in seven forms
 
 
 # ---- files and packages
@@ -379,6 +393,43 @@ def test_a_changed_file_is_another_thing(files: Path, change: str) -> None:
     (files / name).write_bytes(content)
     after = fingerprints(Recipe.model_validate(MINE))
     assert not set(before.values()) & set(after.values())
+
+
+ROWS = {
+    "d.jsonl": lambda text: json.dumps({"prompt": text, "response": "b"}),
+    "ranked/more/2.jsonl": lambda text: json.dumps({"prompt": text, "chosen": "e", "rejected": "f"}),
+    "t.txt": lambda text: text,
+    "exam.jsonl": lambda text: json.dumps({"question": text}),
+}
+
+
+def run_rows(folder: Path, count: int) -> None:
+    """Whatever the recipe: a file with another row makes another artifact of every stage, the row again the same."""
+    assert all((folder / name).exists() for name in ROWS)
+
+    @settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(values=settings_of_recipes(), name=st.sampled_from(sorted(ROWS)), one=st.text(), other=st.text())
+    def check(values: dict[str, Any], name: str, one: str, other: str) -> None:
+        recipe = Recipe.model_validate(nested(values))
+        found = []
+        for text in (one, other, one):
+            row = ROWS[name](text).encode("utf-8", "surrogatepass") + b"\n"
+            (folder / name).write_bytes(row)
+            found.append((row, fingerprints(recipe)))
+        (before, old), (after, new), (_, again) = found
+        assert again == old
+        assert before == after or not set(old.values()) & set(new.values())
+
+    check()
+
+
+def test_a_changed_row_is_another_thing_in_every_recipe(files: Path) -> None:
+    run_rows(files, 40)
+
+
+@pytest.mark.slow
+def test_two_thousand_changed_rows(files: Path) -> None:
+    run_rows(files, 2000)
 
 
 def test_the_same_bytes_under_another_ending_are_another_thing(files: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset, DatasetDict
 from lm_eval.api.metrics import mean
 from lm_eval.api.task import Task as HarnessTask
@@ -29,7 +30,9 @@ from instructrl.errors import UserError
 from instructrl.stages import sources
 from instructrl.stages.harness_model import Policy
 from instructrl.stages.judging import NAMES
+from instructrl.stages.models import device
 from instructrl.stages.study import Study
+from instructrl.stages.toxicity import Toxicity
 from instructrl.stages.winrate import SEED
 
 FOLDER = "checkpoints/harness"
@@ -181,6 +184,10 @@ def load(trial: Trial, recipe: Recipe) -> dict[str, HarnessTask]:
     """The task, or the tasks of a group, by name; on the recipe's own files where it names some."""
     task, card = trial.task, tasks.cards().get(trial.task.task)
     own: dict[str, Any] = {"num_fewshot": task.shots}
+    if card and card.classifier and task.classifier:
+        own["process_results"] = toxicity_of(
+            task.classifier, f"{trial.key}.classifier", device(recipe), recipe.runtime.offline
+        )
     if trial.prompt and card:
         own["description"] = card.prompts[trial.prompt]
     if task.path:
@@ -188,6 +195,8 @@ def load(trial: Trial, recipe: Recipe) -> dict[str, HarnessTask]:
         own |= {"custom_dataset": lambda **_: DatasetDict(splits), "test_split": "test", "fewshot_split": "test"}
         own |= {"validation_split": None, "training_split": None, "dataset_kwargs": None}
         splits = {"test": asked}
+        if task.shots >= len(asked) and not task.examples:
+            raise UserError(f"{trial.key}.shots={task.shots}: {task.path} has only {len(asked)} questions to draw from")
         if task.examples:
             splits["examples"] = read(task.examples, f"{trial.key}.examples")
             own["fewshot_split"] = "examples"
@@ -221,3 +230,9 @@ def read(path: str, key: str) -> Dataset:
 def manager(stock: bool) -> TaskManager:
     """Our tasks, or the harness's own, whose index takes ten seconds."""
     return TaskManager(include_path=str(tasks.FOLDER), include_defaults=stock)
+
+
+@lru_cache(maxsize=1)
+def toxicity_of(path: str, key: str, place: torch.device, offline: bool) -> Toxicity:
+    """Kept: every prompt of every model is scored by the same."""
+    return Toxicity(path, key, place, offline)

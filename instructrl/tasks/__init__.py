@@ -77,6 +77,8 @@ def check_task(task: Task, key: str) -> None:
     if task.prompt is not None and task.prompt not in (card.prompts if card else {}):
         has = f"has the prompts {', '.join(card.prompts)}" if card and card.prompts else "has one prompt: leave it out"
         raise UserError(f"{key}.prompt={task.prompt}: {task.task} {has}.")
+    if card and card.prompts and task.shots:
+        raise UserError(f"{key}.shots={task.shots}: {task.task} has no solved examples; leave it out.")
     if card and card.classifier and not task.classifier:
         raise UserError(
             f"{key}.classifier is missing: {task.task} scores answers with a text classifier of yours, a folder or a "
