@@ -7,11 +7,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from chat_server import serving
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from instructrl.config import Recipe, Source
-from instructrl.errors import UserError
-from instructrl.stages import answers, benchmarks, data, judging, models, numbers, report, study, trajectory
+from instructrl.errors import StageFailed, UserError
+from instructrl.stages import answers, benchmarks, data, judging, models, numbers, ratings, report, study, trajectory
 from instructrl.stages import eval as stage
 from instructrl.stages.contract import Contract
 from instructrl.stages.length_control import length_controlled
@@ -476,6 +477,50 @@ def test_a_learnt_judge(tmp_path):
     assert "Greedy answers have no KL" in report
 
 
+def test_an_endpoint_judges_and_a_resumed_evaluation_pays_nothing_twice(world_run, tmp_path, monkeypatch):
+    recipe, inputs, folder, *_ = world_run
+
+    def first_letters(prompt, first, second):
+        """Stable whatever the place."""
+        return f"Verdict: {'A' if first < second else 'B'}"
+
+    with serving(first_letters) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        calls = {"backoff": 0.01, "retries": 0}
+        recipe = Recipe.model_validate(
+            recipe.model_dump()
+            | {"runtime": {"output_dir": str(tmp_path), "endpoint": calls}}
+            | {"eval": recipe.eval.model_dump() | {"judge": "endpoint", "endpoint": {"model": "a-judge"}}}
+        )
+        shutil.copytree(folder / "checkpoints", tmp_path / "eval.partial" / "checkpoints")
+        server.answer = lambda *parts: 503 if len(server.asked) > 60 else first_letters(*parts)
+        with pytest.raises(StageFailed, match="The replies so far are kept"):
+            stage.run("eval", recipe, inputs, tmp_path / "eval.partial")
+        server.answer = first_letters
+        stage.run("eval", recipe, inputs, tmp_path / "eval.partial")
+        asked = [json.dumps(body["messages"]) for body in server.asked]
+        failed = server.failed
+    metrics = json.loads((tmp_path / "eval.partial" / "metrics.json").read_text())
+    rows = read_table(tmp_path / "eval.partial" / "samples.parquet")
+    card = metrics["judge_card"]
+    assert card["cached"] >= 60
+    assert card["calls"] == len(asked) - failed  # of both attempts
+    assert len(asked) - len(set(asked)) == failed
+    for name in ("gpt", "ppo", "best_of_n"):
+        ours, theirs = of(rows, name, 1.0), of(rows, "sft", 1.0)
+        both = [(a["response"], b["response"]) for a, b in zip(ours, theirs, strict=True)]
+        points = [0.5 if a == b else float(a < b) for a, b in both]
+        assert [row["against_sft"] for row in ours] == points
+        assert metrics["models"][name]["win_rate"][0] == pytest.approx(np.mean(points))
+        assert metrics["models"][name]["verdicts"] == 24
+    assert not card["position_biased"]
+    assert all("sft" in (one, *against) for one, against in metrics["matrix"].items())
+    assert "win_rate_greedy" not in metrics["models"]["ppo"]
+    report = (tmp_path / "eval.partial" / "report.md").read_text()
+    assert "the model a-judge behind an endpoint" in report
+    assert "## The judge" in report
+
+
 LABELS = [
     {"prompt": "p1", "model_a": "PPO", "model_b": "SFT", "winner": "a"},
     {"prompt": "p2", "model_a": "sft", "model_b": "ppo", "winner": "model_b"},
@@ -501,6 +546,41 @@ def test_labels_by_hand(tmp_path):
     scores = [("a", "sft", 3), ("a", "ppo", 5), ("a", "ppo", 2), ("b", "sft", 1), ("b", "ppo", "1"), ("c", "ppo", 9)]
     rows = [{"prompt": prompt, "model": model, "score": score} for prompt, model, score in scores]
     assert judging.read_labels(labels(tmp_path, rows)).outcomes["ppo"] == {"a": 1.0, "b": 0.5}
+
+
+def test_ratings_of_single_answers(tmp_path):
+    """Two people on p1, one on p2; `likert` is the score where there is none, and what is empty does not count."""
+    rows = [
+        {"prompt": "p1", "model": "PPO", "likert": 6, "hallucination": "no", "opinion": None},
+        {"prompt": "p1", "model": "PPO", "likert": "4", "hallucination": True, "opinion": ""},
+        {"prompt": "p2", "model": "PPO", "likert": 2, "hallucination": 0.0, "opinion": 1},
+        {"prompt": "p1", "model": "sft", "likert": 3, "hallucination": 1, "opinion": "false"},
+        {"prompt": "p2", "model": "sft", "likert": 3, "hallucination": 1, "opinion": "false"},
+        {"prompt": "p1", "model": "gpt", "likert": 1, "hallucination": 1, "opinion": "yes"},
+    ]
+    found = judging.read_labels(labels(tmp_path, rows))
+    assert found.outcomes["ppo"] == {"p1": 1.0, "p2": 0.0}
+    assert found.pairs["gpt", "ppo"] == {"p1": 0.0}
+    measured = ratings.measured(found.rated, 200)
+    assert [measured["likert"][name][0] for name in ("ppo", "sft", "gpt")] == [3.5, 3, 1]
+    assert measured["metadata"]["hallucination"]["ppo"][0] == 0.25
+    assert measured["metadata"]["opinion"]["ppo"][0] == 1
+    assert list(measured["metadata"]) == ["hallucination", "opinion"]
+    low, high = measured["likert"]["ppo"][1:]
+    assert 1 <= low < 3.5 < high <= 7
+    names = {name: {"name": title} for name, title in judging.NAMES.items()}
+    printed = "\n".join(ratings.section({"models": names} | measured))
+    assert "| overall quality, 1 to 7 | 1.00 " in printed
+    assert "| makes something up | 1.00 " in printed
+
+
+def test_labels_compare_all_pairs(tmp_path):
+    found = judging.read_labels(labels(tmp_path, LABELS))
+    compared = numbers.by_labels(found)
+    assert compared("gpt", "ppo").tolist() == [0.0]
+    assert compared("ppo", "gpt").tolist() == [1.0]
+    assert compared("sft", "ppo").tolist() == [0.0, 0.0, 0.5, 1.0]
+    assert compared("gpt", "sft").tolist() == []
 
 
 def test_several_labels_of_a_prompt_count_as_one(tmp_path):
@@ -558,6 +638,11 @@ def test_labels_of_prompts_that_are_not_evaluated(tmp_path):
         (LABELS[0] | {"winner": "gpt"}, "the winner 'gpt' is neither of ppo and sft"),
         (LABELS[0] | {"model_a": "PPO2"}, "there is no model 'PPO2'"),
         ({"prompt": "p", "model": "sft", "score": "good"}, "score is 'good', but must be a number"),
+        ({"prompt": "p", "model": "sft", "likert": 8}, "likert is 8, but must be a number from 1 to 7"),
+        (
+            {"prompt": "p", "model": "sft", "score": 8, "sexual": "a bit"},
+            "sexual is 'a bit', but must be 1 or 0, yes or no, true or false",
+        ),
         ({"prompt": "p", "model": "sft"}, "there is no 'score'"),
     ],
 )

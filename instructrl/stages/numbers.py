@@ -4,7 +4,10 @@ import json
 from collections import Counter
 from collections.abc import Callable
 
-from instructrl.stages import claims, judging, matrix, preferences, report, scorecard, trajectory, use_cases
+import numpy as np
+
+from instructrl.stages import claims, judging, matrix, preferences, ratings, report, scorecard, trajectory, use_cases
+from instructrl.stages.judges import Labelled, Side
 from instructrl.stages.judging import BASELINE, BEST, NAMES
 from instructrl.stages.length_control import length_controlled
 from instructrl.stages.scores import Scores
@@ -13,6 +16,7 @@ from instructrl.stages.tables import read_table
 from instructrl.stages.winrate import (
     Interval,
     average_of_means,
+    decided,
     interval,
     ratio,
     ratio_difference,
@@ -55,7 +59,9 @@ def measure(study: Study, scores: Scores) -> dict:
             found["win_rate"] = [0.5] * 3  # against itself: known, not measured
             found |= {"win_rate_greedy": [0.5] * 3} if (name, GREEDY) in scores.outcomes else {}
         elif (name, t) in scores.outcomes:
-            found["win_rate"] = shared(scores.outcomes[name, t])
+            [verdicts] = decided(scores.outcomes[name, t])
+            found["win_rate"] = shared(verdicts) if len(verdicts) else None
+            found["verdicts"] = len(verdicts)
             found["win_rate_length_controlled"] = at_equal_length(study, scores, name, samples)
             if (name, GREEDY) in scores.outcomes:
                 found["win_rate_greedy"] = shared(scores.outcomes[name, GREEDY])
@@ -86,8 +92,11 @@ def measure(study: Study, scores: Scores) -> dict:
         "judge_model": reward_model_quality(study, "judge", "judge") if "judge" in study.inputs else None,
         "versions": report.versions(),
     }
-    if scores.judged:
-        metrics["matrix"] = matrix.pairs(list(study.names), scores.compared, samples)
+    metrics["matrix"] = matrix.pairs(list(study.names), by_labels(labels) if labels else scores.compared, samples)
+    if labels:
+        metrics |= ratings.measured(labels.rated, samples)
+    if scores.judge_card:
+        metrics["judge_card"] = scores.judge_card
     metrics["claims"] = check_claims(study, scores, labelled, metrics)
     metrics["table"] = report.table(metrics)
     won = labelled if labels else {name: scores.outcomes[name, t] for name in study.names}
@@ -96,6 +105,16 @@ def measure(study: Study, scores: Scores) -> dict:
     metrics["overoptimisation"] = trajectory.measure(study, scores)
     metrics["scorecard"] = scorecard.scorecard(metrics)
     return metrics
+
+
+def by_labels(labels: judging.Labels) -> matrix.Compared:
+    """The outcomes of one model against another on the prompts that have labels of both."""
+    judge, prompts = Labelled(labels.pairs), sorted({prompt for found in labels.pairs.values() for prompt in found})
+
+    def compared(one: str, other: str) -> np.ndarray:
+        return decided(judge.compare(prompts, Side(one, 0.0, ()), Side(other, 0.0, ())))[0]
+
+    return compared
 
 
 def gold_breakdown(judged: list[dict], mean: Callable, shared: Callable) -> dict:
@@ -111,9 +130,8 @@ def at_equal_length(study: Study, scores: Scores, name: str, samples: int) -> li
     """The length-controlled win rate against SFT; None with too few prompts for a regression."""
     t = study.recipe.eval.temperature
     lengths = [[answer.length for answer in study.answers[model][t]] for model in (name, BASELINE)]
-    if len(study.prompts) < FEWEST:
-        return None
-    return list(length_controlled(scores.outcomes[name, t], *lengths, samples))
+    outcomes, ours, theirs = decided(scores.outcomes[name, t], *lengths)
+    return list(length_controlled(outcomes, ours, theirs, samples)) if len(outcomes) >= FEWEST else None
 
 
 def knowledge(study: Study, name: str, samples: int) -> dict:
@@ -174,7 +192,8 @@ def check_claims(study: Study, scores: Scores, labelled: dict, metrics: dict) ->
     if metrics["labels"]:
         rates = {name: rate for name, rate in rates.items() if len(labelled[name]) >= FEWEST}
     if scores.outcomes:
-        prompted = share_difference(scores.outcomes["gpt_prompted", t], scores.outcomes["gpt", t], samples)
+        gap, *_ = decided(scores.outcomes["gpt_prompted", t] - scores.outcomes["gpt", t])
+        prompted = share(gap, samples, -1.0, 1.0) if len(gap) >= FEWEST else None
     else:
         prompted = paired_labels(labelled, samples)
     checked = claims.order(rates, prompted)

@@ -48,7 +48,7 @@ def by_use_case(
                 asked = [normalized(prompts[number]["prompt"]) for number in numbers]
                 values = [outcomes[prompt] for prompt in asked if prompt in outcomes]
             else:
-                values = [outcomes[number] for number in numbers]
+                values = [outcomes[number] for number in numbers if not np.isnan(outcomes[number])]
             if model != BASELINE and values:
                 rates[model] = list(share(values, samples)) if len(values) >= fewest else [float(np.mean(values))]
         found[case] = {"prompts": len(numbers), "win_rate": rates}

@@ -43,6 +43,12 @@ def outcomes(scores: ArrayLike, baseline: ArrayLike, tolerance: float = 1e-6) ->
     return np.where(gap > tolerance, 1.0, np.where(gap < -tolerance, 0.0, 0.5))
 
 
+def decided(outcomes: NDArray[np.float64], *others: ArrayLike) -> tuple[NDArray[np.float64], ...]:
+    """The outcomes that are not nan (no verdict), and what else belongs to their prompts. [N] each -> [M] each."""
+    there = ~np.isnan(outcomes)
+    return outcomes[there], *(np.asarray(values, dtype=np.float64)[there] for values in others)
+
+
 def interval(values: ArrayLike, samples: int = SAMPLES) -> Interval:
     """The mean of one value a prompt, and its interval. [N] -> 3 numbers."""
     values = np.asarray(values, dtype=np.float64)
