@@ -10,7 +10,7 @@ FAST := not slow and not gpu and not network
 STAGE_TESTS := $(patsubst %,tests/test_%.py,checkpoints eval label lora models ppo ppo_stage pretrain ranking reward_model sft trl_ppo)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-gpu test-slow test-trl-min parity check bench-ppo bench-reward bench-sft bench-data scorecard clean
+.PHONY: help run test test-gpu test-slow test-trl-min parity chaos check bench-ppo bench-reward bench-sft bench-data scorecard clean
 
 help: ## Show these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -34,6 +34,9 @@ test-trl-min: $(TRL_MIN)/.installed ## Run the tests of the stages and trainers 
 
 parity: $(TRL_MIN)/.installed ## Compare our PPO with TRL 1.12's, number by number
 	$(TRL_MIN)/bin/python -m pytest --quiet --no-header --disable-warnings tests/parity
+
+chaos: $(VENV)/.installed-dev ## Kill, fill, flip and delete at random moments; nothing may be lost
+	$(VENV)/bin/python tests/chaos/chaos.py $(ARGS)
 
 check: $(VENV)/.installed-dev ## Check style and types
 	$(VENV)/bin/ruff check .

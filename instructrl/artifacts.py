@@ -2,6 +2,9 @@
 
 A stage writes into `<fingerprint>.partial/`. Publishing writes the manifest last, then renames the folder, so a
 kill at any moment leaves either no artifact or a whole one. The partial folder keeps checkpoints to resume from.
+
+An artifact that was changed after it was published is none, and is made again. A file is hashed again only if its time
+of change is another: what rots on the disk and keeps its time is found by `instructrl verify`.
 """
 
 import json
@@ -17,7 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from instructrl.errors import UserError
-from instructrl.key import digest, file_sha256, fingerprint
+from instructrl.key import Hashes, digest, file_sha256, fingerprint
 
 MANIFEST = "manifest.json"
 ORDER = "order.json"
@@ -43,33 +46,46 @@ class Artifact:
 
     @classmethod
     def read(cls, path: Path) -> "Artifact | None":
-        """The artifact in the folder; None if there is none, or if one of its files is gone.
+        """The artifact in the folder, whatever became of its files; None if there is no manifest.
 
         Raises:
-            UserError: the manifest is not one that we wrote.
+            ValueError: the manifest is not as we wrote it.
         """
         try:
-            manifest = json.loads((path / MANIFEST).read_text())
-            artifact = cls(
-                path, *(manifest[name] for name in ("key", "digest", "inputs", "outputs", "made", "metrics"))
-            )
-            complete = all(is_size(path / name, output["size"]) for name, output in artifact.outputs.items())
-            foreign = manifest["key_sha256"] != digest(artifact.key) or fingerprint(artifact.key) != path.name
+            text = (path / MANIFEST).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
+        try:
+            manifest = json.loads(text)
+            said = manifest.pop("sha256")
+            artifact = cls(path, **{name: manifest[name] for name in cls.__dataclass_fields__ if name != "path"})
         except (ValueError, KeyError, TypeError, AttributeError):
-            foreign = True
-        if foreign:
-            raise UserError(f"{path / MANIFEST} is damaged; delete the folder {path} to make it again.")
-        return artifact if complete else None
+            raise ValueError("unreadable") from None
+        if said != digest(manifest):
+            raise ValueError("changed")
+        return artifact
 
+    def damage(self, hashes: Hashes) -> str:
+        """What became of the files that others read: `model/config.json was changed`, or "" if all are as published.
 
-def is_size(path: Path, size: int) -> bool:
-    """Whether the file is there and has so many bytes."""
-    try:
-        return path.stat().st_size == size
-    except OSError:
-        return False
+        Args:
+            hashes: remembers those of large files, where a whole store was copied and every time of change is another.
+        """
+        for name, output in self.outputs.items():
+            path = self.path / name
+            try:
+                status = path.stat()
+            except OSError:
+                return f"{name} is gone"
+            if name in NOT_CONTENT or (status.st_size, status.st_mtime_ns) == (output["size"], output["mtime_ns"]):
+                continue
+            try:
+                same = status.st_size == output["size"] and hashes.of(path) == output["sha256"]
+            except OSError:
+                return f"{name} cannot be read"
+            if not same:
+                return f"{name} was changed"
+        return ""
 
 
 class Store:
@@ -81,6 +97,7 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.hashes = Hashes(root / "hashes.json")
 
     def path(self, stage: str, key: dict[str, Any]) -> Path:
         """Where the artifact is, or will be."""
@@ -91,15 +108,29 @@ class Store:
         return self.path(stage, key).with_suffix(".partial")
 
     def find(self, stage: str, key: dict[str, Any]) -> Artifact | None:
-        """The artifact of this key, if it was made.
+        """The artifact of this key, if it was made and is as it was published.
 
         Raises:
-            UserError: the folder holds another key's artifact: their fingerprints are equal, or it is damaged.
+            UserError: the folder holds another key's artifact: their fingerprints are equal.
         """
-        artifact = Artifact.read(self.path(stage, key))
-        if artifact and digest(artifact.key) != digest(key):
+        return self.look(stage, key)[0]
+
+    def look(self, stage: str, key: dict[str, Any]) -> tuple[Artifact | None, str]:
+        """The artifact of this key, and if there is one no longer, what became of it.
+
+        Raises:
+            UserError: the folder holds another key's artifact: their fingerprints are equal.
+        """
+        try:
+            artifact = Artifact.read(self.path(stage, key))
+        except ValueError:
+            return None, f"its {MANIFEST} was changed"
+        if artifact is None:
+            return None, ""
+        if digest(artifact.key) != digest(key):
             raise UserError(f"{artifact.path} was made from another recipe with the same fingerprint; move it away.")
-        return artifact
+        damage = artifact.damage(self.hashes)
+        return (None, damage) if damage else (artifact, "")
 
     def pointer(self, recipe: str) -> Path:
         """The file that holds the keys a recipe last used."""
@@ -162,7 +193,11 @@ class Store:
         made: dict[str, Any],
         metrics: dict[str, Any],
     ) -> Artifact:
-        """Turn the partial folder into the artifact. Call with the lock held."""
+        """Turn the partial folder into the artifact. Call with the lock held.
+
+        One that is there already is replaced; if it was damaged, it is kept as `<fingerprint>.damaged`, and
+        `made["mended"]` says so.
+        """
         partial, final = self.partial(stage, key), self.path(stage, key)
         shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
         for scratch in (partial / "progress.json", *partial.glob("*.tmp")):
@@ -170,25 +205,29 @@ class Store:
         outputs = {}
         for path in sorted(path for path in partial.rglob("*") if path.is_file() and path.name != MANIFEST):
             sync(path)
-            outputs[path.relative_to(partial).as_posix()] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
+            sha, status = file_sha256(path), path.stat()
+            name = path.relative_to(partial).as_posix()
+            outputs[name] = {"size": status.st_size, "sha256": sha, "mtime_ns": status.st_mtime_ns}
         content = digest({name: output["sha256"] for name, output in outputs.items() if name not in NOT_CONTENT})
+        _, damage = self.look(stage, key)
+        if damage:
+            made = made | {"mended": damage}
         manifest = {
             "key": key,
-            "key_sha256": digest(key),
             "digest": content,
             "inputs": inputs,
             "outputs": outputs,
             "made": made,
             "metrics": metrics,
         }
-        write_atomically(partial / MANIFEST, json.dumps(manifest, indent=2))
-        discarded = final.with_suffix(".discarded")
-        shutil.rmtree(discarded, ignore_errors=True)
-        if final.exists():  # a forced re-run replaces it; between the renames it is absent, never half
-            final.rename(discarded)
+        write_atomically(partial / MANIFEST, json.dumps(manifest | {"sha256": digest(manifest)}, indent=2))
+        old = final.with_suffix(".damaged" if damage else ".discarded")
+        if final.exists():  # between the renames it is absent, never half
+            shutil.rmtree(old, ignore_errors=True)
+            final.rename(old)
         partial.rename(final)
         sync(final.parent)
-        shutil.rmtree(discarded, ignore_errors=True)
+        shutil.rmtree(final.with_suffix(".discarded"), ignore_errors=True)
         return Artifact(final, key, content, inputs, outputs, made, metrics)
 
 

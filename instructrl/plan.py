@@ -44,6 +44,7 @@ class Facts:
     asked: Collection[str]  # the stages named by --force
     forced: set[str]
     runs: set[str]
+    damage: dict[str, str]  # what became of artifacts that are none any more: "model/config.json was changed"
 
     def rebuilt(self, stage: Stage) -> list[str]:
         """Upstream stages that were run again, with the same key, after this artifact was built from them."""
@@ -82,9 +83,12 @@ def make_plan(
     keys: dict[str, dict[str, Any]] = {}
     for stage in stages:
         keys[stage.name] = stage_key(stage, recipe, keys, contents)
-    artifacts = {stage.name: survey.find(stage.name, keys[stage.name]) for stage in stages}
+    found = {stage.name: survey.look(stage.name, keys[stage.name]) for stage in stages}
+    survey.hashes.save()
+    artifacts = {name: artifact for name, (artifact, _) in found.items()}
+    damage = {name: what for name, (_, what) in found.items() if what}
     forced = downstream(pipeline, force) & keys.keys() if force else set()
-    facts = Facts(keys, artifacts, survey.latest(recipe.name), set(force), forced, set(forced))
+    facts = Facts(keys, artifacts, survey.latest(recipe.name), set(force), forced, set(forced), damage)
     while True:  # grows until nothing changes: at most one pass per stage
         needed = targets | {need for stage in stages if stage.name in facts.runs for need in stage.needs}
         more = {stage.name for stage in stages if stage.name in needed and facts.stale(stage)} - facts.runs
@@ -110,7 +114,7 @@ def explained(stages: Iterable[Stage], facts: Facts, survey: Survey, recipe: str
                 why.append(f"downstream of {' and '.join(above)}")
             why += resumption(stage, facts, survey)
         elif facts.artifacts[name] is None:
-            why = [f"{GONE}, and nothing that runs needs it"]
+            why = [f"{facts.damage.get(name, GONE)}, and nothing that runs needs it"]
         roots[name] = ([name] if told.get(name) else above) if name in facts.runs else []
         estimate = survey.estimate(recipe, name, facts.keys[name]) if name in facts.runs else None
         runs, forced = name in facts.runs, name in facts.forced
@@ -124,6 +128,8 @@ def reasons(stage: Stage, facts: Facts) -> list[str]:
         return [FORCED]
     if facts.artifacts[name]:
         return [f"{need} was built again" for need in facts.rebuilt(stage) if need not in facts.runs]
+    if name in facts.damage:
+        return [facts.damage[name]]
     before, after = facts.latest.get(name), facts.keys[name]
     if before is None:
         return [NEVER]
@@ -139,11 +145,9 @@ def resumption(stage: Stage, facts: Facts, survey: Survey) -> list[str]:
     partial = survey.partial(stage.name, facts.keys[stage.name])
     if partial.name not in survey.names(stage.name):
         return []
-    order = read_json(partial / ORDER)
-    if not order or facts.runs.intersection(stage.needs) or not continues(order, stage.name in facts.forced):
-        return []
-    artifacts = {need: facts.artifacts[need] for need in stage.needs}
-    if order["digests"] != {need: artifact.digest for need, artifact in artifacts.items() if artifact}:
+    inputs = {need: artifact for need in stage.needs if (artifact := facts.artifacts[need])}
+    order, forced = read_json(partial / ORDER), stage.name in facts.forced
+    if facts.runs.intersection(stage.needs) or not continues(order, inputs, forced):
         return []
     if (partial / RESULT).exists():
         return ["finished, to be published"]
@@ -151,9 +155,18 @@ def resumption(stage: Stage, facts: Facts, survey: Survey) -> list[str]:
     return [f"resumes from step {max(steps)}"] if steps else []
 
 
-def continues(order: dict[str, Any], forced: bool) -> bool:
-    """Whether a run may go on from what this order left: a forced run only from what a forced run began."""
-    return "digests" in order and (not forced or bool(order.get("forced")))
+def continues(order: dict[str, Any], inputs: Mapping[str, Artifact], forced: bool) -> bool:
+    """Whether a run may go on from what this order left: if it began from the same inputs, none of which has been found
+    damaged and made again since; and a forced run only from what a forced run began."""
+    return order.items() >= origin(inputs).items() and (not forced or bool(order.get("forced")))
+
+
+def origin(inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+    """What an order says of the artifacts that the stage begins from."""
+    return {
+        "digests": {need: artifact.digest for need, artifact in inputs.items()},
+        "mended": {need: artifact.made["published"] for need, artifact in inputs.items() if "mended" in artifact.made},
+    }
 
 
 def checkpoint_steps(partial: Path) -> list[int]:

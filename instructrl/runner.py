@@ -26,7 +26,7 @@ from instructrl.errors import StageFailed, UserError
 from instructrl.failure import cause, oom_kills, writing
 from instructrl.launch import environment
 from instructrl.packages import packages
-from instructrl.plan import StagePlan, checkpoint_steps, continues
+from instructrl.plan import StagePlan, checkpoint_steps, continues, origin
 from instructrl.progress import read_progress
 
 SAVED_AND_STOPPED = 75  # sysexits.h EX_TEMPFAIL: the stage was asked to stop, saved a checkpoint and left
@@ -151,7 +151,7 @@ class Run:
                     self.display.say(f"{name}: still good, what it was made from came out the same")
                     return there
             begun = read_json(partial / ORDER)
-            if not continues(begun, step.forced) or begun["digests"] != digests:
+            if not continues(begun, inputs, step.forced):
                 shutil.rmtree(partial, ignore_errors=True)  # begun from other inputs: not to be resumed
                 begun = {}
             partial.mkdir(parents=True, exist_ok=True)
@@ -162,7 +162,7 @@ class Run:
                     "module": step.stage.module or name,
                     "recipe": self.recipe.model_dump(mode="json"),
                     "inputs": {need: str(artifact.path) for need, artifact in inputs.items()},
-                    "digests": digests,
+                    **origin(inputs),
                     "forced": step.forced,
                     "spent": begun.get("spent", 0.0),  # seconds, by earlier attempts
                     "started": time.time(),
@@ -170,11 +170,28 @@ class Run:
                 write_atomically(partial / ORDER, json.dumps(order, indent=2))
                 (partial / ERROR).unlink(missing_ok=True)
                 self.process(step, partial, order, lock)
+            self.check_inputs(step, inputs, partial)
             spent = order["spent"] + max(0.0, (partial / RESULT).stat().st_mtime - order["started"])
             metrics = read_json(partial / RESULT)
             artifact = self.store.publish(name, key, digests, made(spent, self.command), metrics)
         self.display.end(name, spent, metrics)
         return artifact
+
+    def check_inputs(self, step: StagePlan, inputs: dict[str, Artifact], partial: Path) -> None:
+        """See that what the stage was made from is still what it was when the stage began.
+
+        Raises:
+            StageFailed: it is not. What the stage made is thrown away.
+        """
+        for need, artifact in inputs.items():
+            there, damage = self.store.look(need, artifact.key)
+            if damage or (there and there.digest != artifact.digest):
+                shutil.rmtree(partial, ignore_errors=True)
+                what = damage or "it was made again and came out otherwise"
+                raise StageFailed(
+                    f"{step.stage.name}: the artifact of {need} changed meanwhile ({what}), so what was made from it "
+                    "is thrown away."
+                )
 
     def process(self, step: StagePlan, partial: Path, order: dict, lock: int) -> None:
         """Run the stage's process to its end.

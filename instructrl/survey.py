@@ -7,7 +7,7 @@ from typing import Any
 
 from instructrl.artifacts import MANIFEST, Artifact, Store, read_json
 from instructrl.config import Recipe
-from instructrl.key import Hashes, Key, Location, Where, canonical, fingerprint, local_contents
+from instructrl.key import Key, Location, Where, canonical, fingerprint, local_contents
 from instructrl.stages import sources
 
 NEWEST = 20  # of a stage's artifacts, that are read for an estimate of its time
@@ -27,8 +27,7 @@ class Survey(Store):
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
-        self.hashes = Hashes(root / "hashes.json")
-        self.found: dict[tuple[str, str], Artifact | None] = {}
+        self.found: dict[tuple[str, str], tuple[Artifact | None, str]] = {}
         self.folders: dict[str, Collection[str]] = {}
         self.last: dict[str, dict[str, dict[str, Any]]] = {}
         self.contents: dict[tuple[str, ...], dict[Location, str]] = {}
@@ -36,12 +35,12 @@ class Survey(Store):
         self.checked: set[str] = set()
         self.estimates: dict[tuple[str, str], Estimate | None] = {}
 
-    def find(self, stage: str, key: dict[str, Any]) -> Artifact | None:
-        """As `Store.find`."""
+    def look(self, stage: str, key: dict[str, Any]) -> tuple[Artifact | None, str]:
+        """As `Store.look`."""
         place = (stage, fingerprint(key))
         if place not in self.found:
-            self.found[place] = super().find(stage, key) if place[1] in self.names(stage) else None
-            self.share_packages(self.found[place])
+            self.found[place] = super().look(stage, key) if place[1] in self.names(stage) else (None, "")
+            self.share_packages(self.found[place][0])
         return self.found[place]
 
     def share_packages(self, artifact: Artifact | None) -> None:

@@ -236,11 +236,12 @@ def test_publication_is_complete_and_keeps_its_origin(here: Path) -> None:
     assert found == made
     assert found is not None
     assert found.path == here / "artifacts" / "sft" / fingerprint(KEY)
-    assert found.outputs["model/weights"] == {"size": 7, "sha256": file_sha256(found.path / "model" / "weights")}
+    weights = found.path / "model" / "weights"
+    expected = {"size": 7, "sha256": file_sha256(weights), "mtime_ns": weights.stat().st_mtime_ns}
+    assert found.outputs["model/weights"] == expected
     assert (found.inputs, found.made, found.metrics) == ({"data": "d"}, {"seconds": 1.5}, {"loss": 2.0})
     manifest = json.loads((found.path / "manifest.json").read_text())
-    assert manifest["key_sha256"] == digest(KEY)
-    assert len(manifest["key_sha256"]) == 64
+    assert manifest.pop("sha256") == digest(manifest)
     assert not store.partial("sft", KEY).exists()
 
 
@@ -269,26 +270,65 @@ def test_a_folder_without_manifest_is_no_artifact(here: Path) -> None:
     assert store.find("sft", KEY) is None
 
 
-@pytest.mark.parametrize("lost", ["deleted", "truncated"])
-def test_an_artifact_that_lost_a_file_is_gone(here: Path, lost: str) -> None:
+def flip(path: Path, position: int = 0) -> None:
+    """One bit of one byte, and the time of change, as any program's write leaves it."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    before = path.stat().st_mtime_ns
+    while path.stat().st_mtime_ns == before:
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        ("deleted", "model/weights is gone"),
+        ("truncated", "model/weights was changed"),
+        ("flipped", "model/weights was changed"),
+    ],
+)
+def test_an_artifact_that_lost_a_file_is_made_again_and_kept_aside(here: Path, lost: str, said: str) -> None:
     store = Store(here / "artifacts")
     weights = publish(store).path / "model" / "weights"
     if lost == "deleted":
         weights.unlink()
-    else:
+    elif lost == "truncated":
         weights.write_text("wei")
-    assert store.find("sft", KEY) is None
-    publish(store)
+    else:
+        flip(weights)
+    assert store.look("sft", KEY) == (None, said)
+    assert publish(store).made["mended"] == said
+    assert store.look("sft", KEY)[1] == ""
+    damaged = store.path("sft", KEY).with_suffix(".damaged")
+    assert (damaged / "model" / "weights").exists() == (lost != "deleted")
+
+
+def test_only_contents_count(here: Path) -> None:
+    store = Store(here / "artifacts")
+    path = publish(store, stage_log="text").path
+    (path / "model" / "weights").touch()
+    (path / "stage.log").write_text("changed")
     assert store.find("sft", KEY) is not None
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"key": 1}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"sha256": 1}'])
 def test_damaged_manifest(here: Path, text: str) -> None:
     store = Store(here / "artifacts")
     path = publish(store).path
     (path / "manifest.json").write_text(text)
-    with pytest.raises(UserError, match=r"manifest\.json is damaged; delete the folder"):
-        store.find("sft", KEY)
+    assert store.look("sft", KEY) == (None, "its manifest.json was changed")
+
+
+def test_every_bit_of_a_manifest_counts(here: Path) -> None:
+    store = Store(here / "artifacts")
+    manifest = publish(store).path / "manifest.json"
+    good = manifest.read_bytes()
+    for position in range(len(good)):
+        flip(manifest, position)
+        found, said = store.look("sft", KEY)
+        whole = found is not None and json.loads(manifest.read_bytes()) == json.loads(good)  # white space
+        assert whole or said == "its manifest.json was changed", position
+        manifest.write_bytes(good)
 
 
 def test_full_key_is_compared_on_a_hit(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

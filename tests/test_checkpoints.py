@@ -27,7 +27,7 @@ class Line(nn.Module):
         return {"loss": ((x @ self.weight + noise - y) ** 2).mean()}
 
 
-def make(folder, learning_rate=0.1, callbacks=(), kind=Trainer):
+def make(folder, learning_rate=0.1, callbacks=(), kind=Trainer, logging_steps=1):
     torch.manual_seed(0)
     rows = [{"x": torch.randn(3), "y": torch.randn(())} for _ in range(16)]
     args = TrainingArguments(
@@ -35,7 +35,7 @@ def make(folder, learning_rate=0.1, callbacks=(), kind=Trainer):
         max_steps=STEPS,
         per_device_train_batch_size=2,
         learning_rate=learning_rate,
-        logging_steps=1,
+        logging_steps=logging_steps,
         logging_nan_inf_filter=False,
         save_strategy="no",
         save_total_limit=2,

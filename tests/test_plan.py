@@ -227,7 +227,7 @@ def test_resumes_from_the_last_complete_checkpoint(bench: Bench) -> None:
         if complete:
             (checkpoint / "COMPLETE").touch()
     assert bench.why(targets=["data"]) == {"data": "never ran"}  # no order: not begun by a runner
-    (partial / "order.json").write_text(json.dumps({"digests": {}}))
+    (partial / "order.json").write_text(json.dumps({"digests": {}, "mended": {}}))
     assert bench.why(targets=["data"]) == {"data": "never ran, resumes from step 100"}
     assert bench.why(targets=["data"], force=["data"]) == {"data": "forced"}
     (partial / "order.json").write_text(json.dumps({"digests": {"other": "inputs"}}))

@@ -93,8 +93,10 @@ def test_everything_that_was_measured_is_shown(whole: tuple[list[str], Path]) ->
     for said in (
         "Any against any",
         "order agreement",
-        "Likert",
-        "hallucinates",
+        "overall quality, 1 to 7",
+        "4.10 [4.00, 4.20]",
+        "makes something up",
+        "The judge was asked about 23 pairs",
         "rte accuracy, 15-shot",
         "recovered",
         "PPO along its run",

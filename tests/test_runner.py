@@ -137,15 +137,28 @@ def test_a_failure_lets_what_runs_beside_it_finish(here: Path, instructrl: Instr
     assert "eval from 0" not in ran(here)
 
 
+def reads(process: subprocess.Popen[str], words: str) -> str:
+    """What the process prints up to a line with these words."""
+    assert process.stdout
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if words in line:
+            break
+    return "".join(lines)
+
+
 def test_killed_runner_leaves_an_orphan_that_the_next_one_waits_for(here: Path, spawn: Spawn) -> None:
-    write_script(here, data={"steps": 32, "seconds": 0.25})  # longer than a second runner takes to start
+    write_script(here, data={"until": "go"})
     first = spawn("data", "recipe=base.yaml")
-    until(step_reached(here, "data", 2))
+    until(step_reached(here, "data", 1))
     first.kill()
     first.wait()
-    out, err = spawn("data", "recipe=base.yaml").communicate(timeout=30)
-    assert "another process is making it; waiting" in out, err
-    assert "data: done" in out
+    second = spawn("data", "recipe=base.yaml")
+    assert "another process is making it; waiting" in reads(second, "waiting")
+    (here / "go").touch()
+    out, err = second.communicate(timeout=30)
+    assert "data: done" in out, err
     assert ran(here) == ["data from 0"]  # trained once
     assert len(list(here.glob("artifacts/data/*/manifest.json"))) == 1
 
@@ -163,14 +176,15 @@ def test_orphan_that_finished_is_published(here: Path, spawn: Spawn, instructrl:
 
 
 def test_two_runners_build_once(here: Path, spawn: Spawn) -> None:
-    write_script(here, data={"steps": 12, "seconds": 0.25})
+    write_script(here, data={"until": "go"})
     first = spawn("data", "recipe=base.yaml")
     until(step_reached(here, "data", 1))
     second = spawn("data", "recipe=base.yaml")
+    assert "waiting" in reads(second, "waiting")
+    (here / "go").touch()
     outputs = [process.communicate(timeout=30)[0] for process in (first, second)]
     assert first.returncode == second.returncode == 0
     assert "data: done" in outputs[0]
-    assert "waiting" in outputs[1]
     assert "made meanwhile" in outputs[1]
     assert ran(here) == ["data from 0"]
 
@@ -216,6 +230,40 @@ def test_partial_from_other_inputs_is_started_over(here: Path, instructrl: Instr
     assert "resumes" not in instructrl("plan", "recipe=base.yaml").out
     assert instructrl("sft", "recipe=base.yaml").code == 0
     assert ran(here) == ["sft from 0"]
+
+
+def test_what_was_made_from_an_input_that_changed_meanwhile_is_thrown_away(
+    here: Path, spawn: Spawn, instructrl: Instructrl, fakes: None
+) -> None:
+    assert instructrl("data", "recipe=base.yaml").code == 0
+    write_script(here, sft={"until": "go"})
+    process = spawn("sft", "recipe=base.yaml")
+    until(step_reached(here, "sft", 1))
+    [written] = here.glob("artifacts/data/*/out.txt")
+    written.write_text(written.read_text()[::-1])
+    (here / "go").touch()
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert "sft: the artifact of data changed meanwhile (out.txt was changed)" in err
+    assert not partials(here)
+    write_script(here)
+    ran(here)
+    plan = instructrl("sft", "recipe=base.yaml", "--dry-run")
+    assert "out.txt was changed" in plan.out
+    assert instructrl("sft", "recipe=base.yaml").code == 0
+    assert ran(here) == ["data from 0", "sft from 0"]
+    assert len(list(here.glob("artifacts/data/*.damaged"))) == 1
+
+
+def test_what_was_begun_from_a_damaged_input_is_started_over(here: Path, instructrl: Instructrl, fakes: None) -> None:
+    write_script(here, sft={"steps": 4, "end": "kill"})
+    assert instructrl("sft", "recipe=base.yaml").code == 1
+    [written] = here.glob("artifacts/data/*/out.txt")
+    written.write_text(written.read_text()[::-1])  # perhaps before the killed stage read it
+    write_script(here)
+    ran(here)
+    assert instructrl("sft", "recipe=base.yaml").code == 0
+    assert ran(here) == ["data from 0", "sft from 0"]  # although data came out the same
 
 
 def test_interrupted_force_goes_on_with_the_same_force(here: Path, instructrl: Instructrl, fakes: None) -> None:

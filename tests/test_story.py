@@ -70,7 +70,7 @@ def test_run_all_ends_with_the_five_models_and_the_best_of_several_answers(story
     [page] = re.findall(r"^The report: (.*report\.html)$", printed, re.MULTILINE)
     written = (story / page).read_text()
     assert all(
-        f'id="chart-{name}"' in written for name in ("win_rates", "tax_tasks", "ppo_reward", "ppo_eos", "sft_loss")
+        f'id="chart-{name}"' in written for name in ("win_rates", "tax_tasks", "ppo_reward", "ppo_eos", "pretrain_loss")
     )
     assert "not made" not in written
     assert re.search(r"sft: done in", printed)

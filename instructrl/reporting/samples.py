@@ -6,7 +6,14 @@ from typing import Any
 
 from instructrl.stages.names import BASELINE, NAMES
 
-WINS, TIES, LOSES = "beats SFT", "ties with SFT", "loses to SFT"
+SAID = {
+    1.0: "beats SFT",
+    0.75: "rather beats SFT",
+    0.5: "ties with SFT",
+    0.25: "rather loses to SFT",
+    0.0: "loses to SFT",
+}
+"""Outcomes: 1, .5 or 0, or the mean of two for a judge who was asked in both orders."""
 COLUMNS = ["prompt", "category", "source", "model", "temperature", "response", "reward", "tokens", "against_sft"]
 
 
@@ -30,20 +37,23 @@ def side_by_side(rows: Iterable[Mapping[str, Any]], names: Mapping[str, str], te
     if not by_model:
         return []
     prompts = next(iter(by_model.values()))
+    judged = {name for name, given in by_model.items() if any(row.get("against_sft") is not None for row in given)}
     samples = []
     for number in in_turn([row["category"] or row["source"] or "" for row in prompts])[:count]:
         row = prompts[number]
-        answers = [answer(given[number], names[name]) for name, given in by_model.items()]
+        answers = [answer(given[number], names[name], name in judged) for name, given in by_model.items()]
         samples.append(
             {"prompt": row["prompt"], "category": row["category"] or row["source"] or "", "answers": answers}
         )
     return samples
 
 
-def answer(row: Mapping[str, Any], name: str) -> dict[str, Any]:
-    outcome, verdict = row.get("against_sft"), ""
-    if outcome is not None and row["model"] != BASELINE:  # a judge who is asked twice may also say .25
-        verdict = WINS if outcome > 0.5 else LOSES if outcome < 0.5 else TIES
+def answer(row: Mapping[str, Any], name: str, judged: bool) -> dict[str, Any]:
+    """One cell. `judged`: whether the judge has a verdict on any of the model's answers."""
+    verdict = ""
+    if judged and row["model"] != BASELINE:
+        outcome = row.get("against_sft")
+        verdict = "no verdict" if outcome is None else SAID.get(outcome, "")
     return {
         "model": row["model"],
         "name": name,

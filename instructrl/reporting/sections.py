@@ -9,8 +9,8 @@ from instructrl.reporting import panels, tables
 from instructrl.reporting.drawing import Chart
 from instructrl.reporting.runs import Part, Run
 from instructrl.reporting.tables import Table
+from instructrl.stages import judges, report
 from instructrl.stages import overoptimisation as overopt
-from instructrl.stages import report
 
 Metrics = Mapping[str, Any]
 NEEDS_EVAL = "This needs eval, which is not made."
@@ -84,15 +84,13 @@ def win_rates(metrics: Metrics, of: Charts) -> Section:
 
 
 def preferences(metrics: Metrics) -> Section:
-    models = metrics.get("models", {})
     found = [
         tables.matrix(metrics),
         tables.judge_card(metrics),
-        tables.by_model(metrics.get("likert"), models, "Likert ratings"),
-        tables.by_model(metrics.get("metadata"), models, "What labelers noted (Table 3)"),
+        tables.ratings(metrics),
         tables.gold(metrics),
     ]
-    return Section("judge", "The judge and what it sees", tables=tables.kept(found))
+    return Section("judge", "The judge and what it sees", judges.section(dict(metrics))[1:], tables=tables.kept(found))
 
 
 def paper(metrics: Metrics) -> Section:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from instructrl.reporting.charts import as_interval, task_name
+from instructrl.stages import ratings as labelled
 from instructrl.stages import tax as taxes
 from instructrl.stages.claims import FAILS, HOLDS
 from instructrl.stages.names import NAMES
@@ -113,25 +114,27 @@ def length_controlled(metrics: Metrics) -> Table | None:
 
 
 def judge_card(metrics: Metrics) -> Table | None:
-    """What is known of the judge."""
+    """The judge's own numbers."""
     card = metrics.get("judge_card")
     if not card:
         return None
     rows = [
         [name.replace("_", " "), text(value)] for name, value in card.items() if name != "notes" and value is not None
     ]
-    return Table(["", ""], rows, card.get("notes") or (), "The judge", words=2)
+    return Table(["", ""], rows, title="The judge in numbers", words=2)
 
 
-def by_model(found: Mapping[str, Any] | None, models: Metrics, title: str, first: str = "") -> Table | None:
-    """{field: {model: interval}} or {model: interval}: a row a field, a column a model."""
-    if not found:
+def ratings(metrics: Metrics) -> Table | None:
+    """What labelers say of single answers: overall quality and the paper's metadata, a row a field."""
+    likert, metadata = metrics.get(labelled.LIKERT), metrics.get("metadata") or {}
+    said = {"overall quality, 1 to 7": likert} if likert else {}
+    said |= {labelled.METADATA.get(field, field): found for field, found in metadata.items()}
+    if not said:
         return None
-    nested = all(isinstance(value, Mapping) for value in found.values())
-    fields = found if nested else {"mean": found}
-    names = list(dict.fromkeys(name for row in fields.values() for name in row))
-    rows = [[label.replace("_", " "), *(bracketed(row.get(name)) for name in names)] for label, row in fields.items()]
-    return Table([first, *(models.get(name, {}).get("name", name) for name in names)], rows, title=title)
+    models = [name for name in metrics["models"] if any(name in found for found in said.values())]
+    rows = [[what, *(labelled.shown(found.get(name)) for name in models)] for what, found in said.items()]
+    columns = ["", *(metrics["models"][name]["name"] for name in models)]
+    return Table(columns, rows, ["Means over prompts; all but the quality are shares of answers."], "Ratings (Table 3)")
 
 
 def tax(metrics: Metrics, key: str, whole: str, title: str) -> list[Table]:

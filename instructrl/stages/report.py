@@ -6,7 +6,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from instructrl.display import printable
-from instructrl.stages import overoptimisation, scorecard, tax
+from instructrl.stages import judges, matrix, overoptimisation, ratings, scorecard, tax
 from instructrl.stages.claims import FAILS, HOLDS, UNDECIDED
 from instructrl.stages.markup import cell, code, fenced, grid
 from instructrl.stages.names import BASELINE, BEST, NAMES
@@ -144,6 +144,9 @@ def markdown(metrics: dict, shown: list[dict]) -> str:
         "## Win rates",
         grid(metrics["table"]["columns"], metrics["table"]["rows"], escaped=True),
         win_rate_notes(metrics),
+        *judges.section(metrics),
+        *matrix.sections(metrics),
+        *ratings.section(metrics),
         *use_case_section(metrics),
         "## The paper's claims on this run",
         claim_table(metrics["claims"]) if metrics["claims"] else verdicts([]),

@@ -86,16 +86,25 @@ def metrics(**more: object) -> dict:
 MORE = {
     "matrix": {a: {b: around(0.5 + (RATES[a] - RATES[b]) / 2) for b in RATES if b != a} for a in RATES},
     "judge_card": {
-        "name": "gold",
+        "name": "a-model",
         "prompts": 24,
+        "same_answers": 1,
         "ties": 3,
+        "no_verdict": 0,
+        "refusals": 0,
+        "unparsable": 0,
+        "first_position_wins": around(0.5),
         "order_agreement": around(0.9),
         "position_biased": False,
-        "refusals": 0,
+        "calls": 48,
+        "cached": 0,
+        "retried": 0,
+        "tokens": {"prompt": 4800, "completion": 480},
+        "cost": None,
         "notes": ["Asked in both orders."],
     },
     "likert": {"sft": around(4.1, 0.1), "ppo": around(5.2, 0.1)},
-    "metadata": {"hallucinates": {"sft": around(0.2), "ppo": around(0.1)}},
+    "metadata": {"hallucination": {"sft": around(0.2), "ppo": around(0.1)}},
     "harness": [
         {
             "task": task,

@@ -1,6 +1,6 @@
 """A stage that sleeps, saves checkpoints and resumes, as its line in `script.json` says:
 
-{"sft": {"steps": 5, "seconds": 0.1, "end": "crash", "random": true}}
+{"sft": {"steps": 5, "seconds": 0.1, "end": "crash", "random": true, "until": "file"}}
 """
 
 import json
@@ -42,6 +42,8 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
         if end == "kill" and step == steps - 1:
             (folder / "half.txt").write_text("half")
             os.kill(os.getpid(), signal.SIGKILL)
+    while not Path(script.get("until", ".")).exists():  # what a test waits for may take any time on a busy machine
+        time.sleep(0.02)
     content = {need: (path / "out.txt").read_text() for need, path in inputs.items()}
     content |= {"seed": str(recipe.seed), "random": uuid.uuid4().hex if script.get("random") else ""}
     (folder / "half.txt").unlink(missing_ok=True)
