@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -231,7 +232,6 @@ def test_what_was_not_measured_is_listed(here: Path) -> None:
 def test_run_all_ends_with_the_report(here: Path, instructrl: Instructrl) -> None:
     evaluation.make(["recipe=base.yaml"], {"use_cases": {}, "tax": {"tasks": {}, "text_loss": {}}}, logs=False)
     folder = runs.of_recipe(["recipe=base.yaml"]).evaluation.folder
-    manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "report.md").write_text("eval's own")
     output = instructrl("run-all", "recipe=base.yaml")
     path = Path(re.search(r"The report: (.*)", output.out)[1])
@@ -240,8 +240,7 @@ def test_run_all_ends_with_the_report(here: Path, instructrl: Instructrl) -> Non
     first = path.stat().st_mtime_ns
     instructrl("run-all", "recipe=base.yaml")
     assert path.stat().st_mtime_ns == first  # nothing new to tell
-    manifest["made"]["published"] = path.stat().st_mtime + 60
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    os.utime(path, (1, 1))  # older than the evaluation
     instructrl("run-all", "recipe=base.yaml")
     assert path.stat().st_mtime_ns > first
 

@@ -248,6 +248,12 @@ def make(arguments: list[str], more: dict | None = None, logs: bool = True) -> A
             (folder / "metrics.json").write_text(json.dumps(metrics(**(more or {}))))
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(samples()), folder / "samples.parquet")
         digests = {need: made[need].digest for need in step.stage.needs if need in made}
-        facts = {"seconds": 1.5, "published": 0.0, "at": "2026-01-01", "host": "here", "packages": {"torch": "2.13"}}
+        facts = {
+            "seconds": 1.5,
+            "published": 1_000_000_000.0,
+            "at": "2026-01-01",
+            "host": "here",
+            "packages": {"torch": "2.13"},
+        }
         made[name] = job.store.publish(name, step.key, digests, facts, {})
     return made["eval"]
