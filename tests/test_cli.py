@@ -313,7 +313,7 @@ def test_reader_that_goes_away(here: Path) -> None:
 def test_completion(here: Path) -> None:
     assert "recipe=tiny" in options.complete("recipe=")
     assert options.complete("sft.ep") == ["sft.epochs="]
-    assert cli.complete_stage("ppo_") == ["ppo_init", "ppo_ptx"]
+    assert options.complete_stage("ppo_") == ["ppo_init", "ppo_ptx"]
 
 
 def test_completion_in_a_shell(here: Path) -> None:

@@ -78,7 +78,7 @@ def test_run_all_ends_with_the_five_models_and_the_best_of_several_answers(story
 
 def test_every_stage_left_a_whole_artifact(story: Path, instructrl: Instructrl) -> None:
     assert sorted(path.name for path in (story / "artifacts").iterdir() if path.is_dir()) == sorted(
-        [*EVERY, "recipes", "reports"]
+        [*EVERY, "recipes", "reports", "runs"]
     )
     for stage in EVERY:
         shown = json.loads(instructrl("show", stage, "--json", *SMALL).out)
