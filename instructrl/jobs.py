@@ -82,6 +82,23 @@ def job(
     Args:
         surveys: output folder -> what other recipes of the sweep have read of it.
     """
+    made = plan_job(target, arguments, force, composition, surveys)
+    if any(step.runs and step.stage.name == "data" for step in made.plan):
+        try:
+            surveys[made.store.root].check_sources(composition.recipe)
+        except UserError as error:
+            raise UserError(sentence(f"{composition.where_named(str(error))}{error}")) from None
+    return made
+
+
+def plan_job(
+    target: str | None,
+    arguments: list[str],
+    force: Sequence[str],
+    composition: Composition,
+    surveys: dict[Path, Survey],
+) -> Job:
+    """One composed recipe, planned. Whether its sources can be read is not asked: nothing is about to run."""
     recipe = composition.recipe
     pipeline = stages(recipe)
     target = stage_name(target or LAST, list(pipeline))
@@ -93,13 +110,7 @@ def job(
     store = Store(Path(recipe.runtime.output_dir).expanduser())
     if store.root not in surveys:
         surveys[store.root] = Survey(store.root)
-    survey = surveys[store.root]
-    plan = make_plan(pipeline, recipe, [target], survey, forced, composition.where)
-    if any(step.runs and step.stage.name == "data" for step in plan):
-        try:
-            survey.check_sources(recipe)
-        except UserError as error:
-            raise UserError(sentence(f"{composition.where_named(str(error))}{error}")) from None
+    plan = make_plan(pipeline, recipe, [target], surveys[store.root], forced, composition.where)
     return Job(arguments, composition, target, plan, store, force)
 
 

@@ -212,7 +212,9 @@ def show_result(job: "Job", artifacts: dict[str, Artifact]) -> None:
         show_table(metrics.get("table"))
         show_table(metrics.get("use_case_table"))
         if (artifact.path / "report.md").exists():
-            print(f"The report: {artifact.path / 'report.md'}")
+            from instructrl.reporting import document
+
+            print(f"The report: {document.current(job.arguments, artifact)}")
     else:
         print(f"{job.target}: {artifact.path}")
 
