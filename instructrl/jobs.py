@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from instructrl import printout, references
+from instructrl import overlay, printout, references
 from instructrl.artifacts import Artifact, Store
 from instructrl.display import open_display
 from instructrl.errors import StageFailed, UserError
@@ -142,7 +142,12 @@ def run(planned: list[Job], command: list[str]) -> None:
         return
     pairs = list(zip(planned, made, strict=True))
     failures = [one for one, artifacts in pairs if one.target not in artifacts]
-    printout.show_sweep([(one, artifacts) for one, artifacts in pairs if one.target in artifacts], failures)
+    finished = [(one, artifacts) for one, artifacts in pairs if one.target in artifacts]
+    printout.show_sweep(finished, failures)
+    try:
+        printout.show_figure(overlay.draw([(one, artifacts[one.target]) for one, artifacts in finished]))
+    except (StageFailed, OSError) as error:
+        print(f"Warning: {error}")
     if failures:
         raise StageFailed(f"{len(failures)} of {len(planned)} jobs failed; the same command goes on with them.")
 
