@@ -260,6 +260,20 @@ def test_runs_that_are_not_there(here: Path, instructrl: Instructrl, words: list
     assert output.err.startswith(f"Error: {said}")
 
 
+def test_an_artifact_of_another_version_is_refused_and_one_upstream_is_missing(
+    here: Path, instructrl: Instructrl
+) -> None:
+    folder = evaluation.make(["recipe=base.yaml"], logs=False).path
+    sft = runs.of_recipe(["recipe=base.yaml"]).parts["sft"].folder
+    (sft / "manifest.json").write_text("{}")
+    [part] = runs.find(str(folder)).missing
+    assert (part.stage, part.why) == ("sft", "its manifest.json was changed, or written by another version")
+    (folder / "manifest.json").write_text("{}")
+    output = instructrl("report", str(folder))
+    assert output.code == 2
+    assert output.err.startswith(f"Error: {folder} cannot be used: its manifest.json was changed")
+
+
 # ---- curves, samples, charts
 
 

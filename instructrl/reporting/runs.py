@@ -104,15 +104,24 @@ def of_recipe(arguments: list[str]) -> Run:
     return of_job(jobs.plan_job(None, arguments, (), compose_recipe(arguments), {}))
 
 
+def read(folder: Path) -> tuple[Artifact | None, str]:
+    """The artifact in the folder, or why it is none. Its files may be gone: a report needs no weights."""
+    try:
+        artifact = Artifact.read(folder)
+    except ValueError:
+        return None, f"its {MANIFEST} was changed, or written by another version"
+    return artifact, "" if artifact else "its artifact is gone"
+
+
 def of_folder(folder: Path) -> Run:
     """The run that ended in this artifact of eval.
 
     Raises:
-        UserError: it is another stage's, or not whole.
+        UserError: it is another stage's, or none.
     """
-    last = Artifact.read(folder)
+    last, why = read(folder)
     if last is None:
-        raise UserError(f"{folder} is no artifact, or one of its files is gone.")
+        raise UserError(f"{folder} cannot be used: {why}. Make it again by its recipe.")
     if last.key["stage"] != LAST:
         raise UserError(f"{folder} is an artifact of {last.key['stage']}; name one of {LAST}, or the recipe.")
     root, found = folder.resolve().parent.parent, {LAST: Part(LAST, folder.resolve().name, folder, last)}
@@ -120,8 +129,7 @@ def of_folder(folder: Path) -> Run:
     while waiting:
         for stage, fingerprint in waiting.pop().key["inputs"].items():
             place = Store(root).root / stage / fingerprint
-            artifact = Artifact.read(place)
-            why = "" if artifact else "its artifact is gone"
+            artifact, why = read(place)
             if stage not in found and artifact:
                 waiting.append(artifact)
             found.setdefault(stage, Part(stage, fingerprint, place, artifact, why))
