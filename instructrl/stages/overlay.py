@@ -35,7 +35,7 @@ MODELS = {
     "ppo_ptx": ("PPO-ptx", "#0072B2"),
 }
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito, as in `plots`
-MOST_PANELS = 6
+MOST_PANELS = 9
 STUDENT = (  # 97.5 % quantiles of Student's t, for 1, 2, ... degrees of freedom
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
     *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
@@ -126,10 +126,18 @@ def panels_of(target: str, points: Sequence[dict], x: str, others: Sequence[str]
     panels = {}
     for name in metrics[0]:
         given = [interval(one, name) for one in metrics]
-        if name.endswith(("_low", "_high")) or not all(given) or len(set(given)) == 1:
+        if name.endswith(("_low", "_high")) or not all(given):
             continue
-        panels[name.replace("_", " ")] = list(lines(points, {target: given}, x, others, {}))
+        drawn = list(lines(points, {target: given}, x, others, {}))
+        if x == MODEL or not alike(drawn):
+            panels[name.replace("_", " ")] = drawn
     return dict(list(panels.items())[:MOST_PANELS])
+
+
+def alike(drawn: Sequence[Line]) -> bool:
+    """Whether all lines are one flat line: nothing that was swept changes the number."""
+    joined = Line("", "", "", tuple(place for line in drawn for place in line.places))
+    return joined.flat
 
 
 def interval(metrics: dict[str, Any], name: str) -> Interval | None:
