@@ -444,6 +444,19 @@ class PPOPtx(PPO):
     """gamma in eq. 2; 0 would be plain PPO."""
 
 
+class Endpoint(Section):
+    """A judge behind an OpenAI-compatible endpoint. Its address and key are `OPENAI_BASE_URL` and `OPENAI_API_KEY` of
+    the environment. It is told the rubric of the paper's labelers (Fig. 10) and asked about each pair in both orders.
+    """
+
+    model: str | None = None
+    """The model's name, as the endpoint knows it."""
+    pairs: Literal["sft", "all"] = "sft"
+    """Which models are compared: each with SFT, or all with all, which costs two to three times as much."""
+    options: dict[str, Any] = {"temperature": 0, "max_tokens": 512}
+    """What else is in each request."""
+
+
 class Task(Section):
     """One public task, run by lm-evaluation-harness (`instructrl[eval]`) on every model. docs/tasks.md lists ours."""
 
@@ -472,11 +485,13 @@ class Task(Section):
 class Eval(Section):
     """Samples and win rates of all five models, and what alignment cost. Paper section 4."""
 
-    judge: Literal["gold", "reward_model", "labels"] = "reward_model"
+    judge: Literal["gold", "reward_model", "labels", "endpoint"] = "reward_model"
     """Who compares answers: the world's gold preference; a reward model trained on rankings held out for it;
-    or your own labels (`eval.labels`)."""
+    your own labels (`eval.labels`); or a model behind an OpenAI-compatible endpoint (`eval.endpoint`)."""
+    endpoint: Endpoint = Endpoint()
     labels: Labels = None
-    """{prompt, model_a, model_b, winner} or {prompt, model, score}: human labels of an earlier run's samples."""
+    """{prompt, model_a, model_b, winner} or {prompt, model, score}: human labels of an earlier run's samples. Beside a
+    score, or in its place, may stand `likert` (1 to 7), and beside either the metadata of the paper's Table 3."""
     num_prompts: PositiveInt = 512
     temperature: NonNegativeFloat = 1.0
     """The paper samples InstructGPT at 1 (App. F); 0 is greedy. The report shows greedy beside it."""
@@ -497,6 +512,24 @@ class Eval(Section):
     """Public tasks by name, or {task, path, shots, limit, ...}; each question is asked of every model."""
     samples_shown: NonNegativeInt = 8
     """Prompts shown side by side in the report."""
+
+
+class EndpointCalls(Section):
+    """How an endpoint that judges is called. Its replies are kept in `endpoint/replies.sqlite` in `output_dir`, so that
+    none is paid for twice."""
+
+    at_once: PositiveInt = 8
+    """Calls at the same time."""
+    timeout: PositiveFloat = 120
+    """Seconds to wait for a reply, before the call is made again."""
+    retries: NonNegativeInt = 6
+    """Of a call that fails with 429, 500 or above, a timeout, a cut connection or a broken reply."""
+    backoff: PositiveFloat = 1
+    """Seconds before the first retry, doubled for each further one; a server's Retry-After counts if it is longer."""
+    price_in: NonNegativeFloat | None = None
+    """Price of a million tokens that are sent, for the report; null: it says tokens only."""
+    price_out: NonNegativeFloat | None = None
+    """Price of a million tokens that are replied."""
 
 
 class Runtime(Section):
@@ -526,6 +559,7 @@ class Runtime(Section):
     """Time between checkpoints to resume from."""
     logging_steps: PositiveInt = 10
     """Optimizer steps between lines in `log.jsonl`."""
+    endpoint: EndpointCalls = EndpointCalls()
     offline: bool = False
     """Never look at the Hub: only what is on this disk. A `tracker` keeps its runs there, too."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio", "mlflow"] = "none"
@@ -555,6 +589,8 @@ class Recipe(Section):
             raise ValueError("eval.judge=gold needs data.world: only the built-in world knows the truth")
         if self.eval.judge == "labels" and not self.eval.labels:
             raise ValueError("eval.judge=labels needs eval.labels: a file with the labels")
+        if self.eval.judge == "endpoint" and not self.eval.endpoint.model:
+            raise ValueError("eval.judge=endpoint needs eval.endpoint.model: the name of the model that judges")
         if self.eval.judge == "reward_model" and self.data.world:
             raise ValueError(
                 "eval.judge=reward_model needs rankings in data; in the built-in world use eval.judge=gold"

@@ -12,6 +12,7 @@ from typing import Any
 from instructrl.config import Recipe
 from instructrl.errors import StageFailed, UserError
 from instructrl.plan import StagePlan
+from instructrl.stages import endpoint
 
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "mlflow": ("mlflow", "mlflow-skinny")}
 """`runtime.tracker` -> the packages that will do, if not that of its name."""
@@ -30,12 +31,15 @@ def environment(recipe: Recipe) -> dict[str, str]:
 
 
 def check_trainers(plan: Sequence[StagePlan], recipe: Recipe) -> None:
-    """Let stages check what the recipe asks of TRL before anything trains: fields of its configs, its PPO.
+    """Let stages check what the recipe asks for before anything trains: of TRL's configs and its PPO, of an endpoint.
 
     Raises:
-        UserError: a field is unknown, set elsewhere in the recipe, or refused by TRL; TRL's PPO cannot do it.
+        UserError: a field is unknown, set elsewhere in the recipe, or refused by TRL; TRL's PPO cannot do it; the
+            environment does not name the endpoint that is to judge.
     """
     modules = {step.stage.module or step.stage.name for step in plan if step.runs}
+    if recipe.eval.judge == "endpoint" and "eval" in modules:
+        endpoint.check()
     asked = {name: bool(getattr(recipe, name).trainer) for name in ("sft", "ppo_init", "reward_model")}
     asked["ppo"] = "trl" in (recipe.ppo.backend, recipe.ppo_ptx.backend)
     modules = [name for name, asks in asked.items() if asks and name in modules]

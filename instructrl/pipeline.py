@@ -83,7 +83,7 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
             "eval",
             reads=("model", "eval", "seed"),
             needs=("data", *base, "sft", *ranked, "reward_model", *judge, "ppo", "ppo_ptx"),
-            version=3,
+            version=4,
             makes="win rates, the alignment tax and report.md",
         ),
     )

@@ -7,15 +7,18 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from chat_server import serving
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from instructrl.config import Recipe, Source
-from instructrl.errors import UserError
-from instructrl.stages import answers, benchmarks, data, judging, models, numbers, report, study, trajectory
+from instructrl.errors import StageFailed, UserError
+from instructrl.stages import answers, benchmarks, data, judging, models, numbers, ratings, report, study, trajectory
 from instructrl.stages import eval as stage
 from instructrl.stages.contract import Contract
+from instructrl.stages.length_control import length_controlled
 from instructrl.stages.pretrain import make_tokenizer
 from instructrl.stages.tables import read_table
+from instructrl.stages.winrate import share
 from instructrl.trainers.rollout import generate, score_rewards
 from instructrl.world import Prompt, make_world
 
@@ -107,6 +110,36 @@ def test_win_rates_are_those_of_the_gold_preference(world_run):
             assert mean == pytest.approx(points / 24)
             assert 0 <= low <= mean <= high <= 1
     assert metrics["models"]["sft"]["win_rate"] == [0.5, 0.5, 0.5]
+
+
+def test_every_model_is_compared_with_every_other(world_run):
+    _, _, folder, _, metrics, rows = world_run
+    matrix = metrics["matrix"]
+    assert list(matrix) == [*judging.NAMES, "best_of_n"]
+    scores = {(row["model"], row["prompt"]): row["judge_score"] for row in rows if row["temperature"] == 1.0}
+    prompts = {row["prompt"] for row in rows}
+    for one, against in matrix.items():
+        assert set(against) == set(matrix) - {one}
+        for other, (mean, low, high) in against.items():
+            gaps = [scores[one, prompt] - scores[other, prompt] for prompt in prompts]
+            assert mean == pytest.approx(np.mean([0.5 if abs(gap) <= 1e-6 else float(gap > 0) for gap in gaps]))
+            assert 0 <= low <= mean <= high <= 1
+            assert matrix[other][one] == pytest.approx([1 - mean, 1 - high, 1 - low])
+    assert matrix["ppo"]["sft"] == metrics["models"]["ppo"]["win_rate"]
+    printed = (folder / "report.md").read_text()
+    assert "| PPO-ptx | " in printed.partition("## Win rates of all pairs")[2].partition("##")[0]
+
+
+def test_win_rates_at_equal_length_are_of_these_answers(world_run):
+    _, _, folder, _, metrics, rows = world_run
+    for name in ("gpt", "ppo", "best_of_n"):
+        ours, theirs = of(rows, name, 1.0), of(rows, "sft", 1.0)
+        lengths = [[row["tokens"] for row in found] for found in (ours, theirs)]
+        expected = length_controlled([row["against_sft"] for row in ours], *lengths, samples=200)
+        assert metrics["models"][name]["win_rate_length_controlled"] == pytest.approx(list(expected))
+    assert "win_rate_length_controlled" not in metrics["models"]["sft"]
+    section = (folder / "report.md").read_text().partition("## Win rates at equal length")[2].partition("##")[0]
+    assert section.count("\n| ") == 7  # a head, its line and five models
 
 
 def test_win_rates_by_use_case_are_those_of_its_samples(world_run):
@@ -221,7 +254,8 @@ def test_the_curve_is_what_the_same_weights_do_as_models(world_run):
     for row, name in zip(curve, ("sft", "ppo_ptx", "ppo"), strict=True):
         assert row["proxy"] == pytest.approx(models_[name]["reward"], abs=1e-5)
         assert row["judge"] == pytest.approx(models_[name]["gold"]["utility"])
-        assert row["win_rate"] == pytest.approx(models_[name]["win_rate"])
+        rate = models_[name]["win_rate"] if name != "sft" else list(share([0.5] * 24, 200))  # measured, here
+        assert row["win_rate"] == pytest.approx(rate)
         assert row["kl"] == pytest.approx(models_[name]["kl"][0], abs=1e-3)
         assert row["length"] == pytest.approx(models_[name]["length"][0])
     best = max(curve, key=lambda row: row["judge"][0])
@@ -443,6 +477,50 @@ def test_a_learnt_judge(tmp_path):
     assert "Greedy answers have no KL" in report
 
 
+def test_an_endpoint_judges_and_a_resumed_evaluation_pays_nothing_twice(world_run, tmp_path, monkeypatch):
+    recipe, inputs, folder, *_ = world_run
+
+    def first_letters(prompt, first, second):
+        """Stable whatever the place."""
+        return f"Verdict: {'A' if first < second else 'B'}"
+
+    with serving(first_letters) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        calls = {"backoff": 0.01, "retries": 0}
+        recipe = Recipe.model_validate(
+            recipe.model_dump()
+            | {"runtime": {"output_dir": str(tmp_path), "endpoint": calls}}
+            | {"eval": recipe.eval.model_dump() | {"judge": "endpoint", "endpoint": {"model": "a-judge"}}}
+        )
+        shutil.copytree(folder / "checkpoints", tmp_path / "eval.partial" / "checkpoints")
+        server.answer = lambda *parts: 503 if len(server.asked) > 60 else first_letters(*parts)
+        with pytest.raises(StageFailed, match="The replies so far are kept"):
+            stage.run("eval", recipe, inputs, tmp_path / "eval.partial")
+        server.answer = first_letters
+        stage.run("eval", recipe, inputs, tmp_path / "eval.partial")
+        asked = [json.dumps(body["messages"]) for body in server.asked]
+        failed = server.failed
+    metrics = json.loads((tmp_path / "eval.partial" / "metrics.json").read_text())
+    rows = read_table(tmp_path / "eval.partial" / "samples.parquet")
+    card = metrics["judge_card"]
+    assert card["cached"] >= 60
+    assert card["calls"] == len(asked) - failed  # of both attempts
+    assert len(asked) - len(set(asked)) == failed
+    for name in ("gpt", "ppo", "best_of_n"):
+        ours, theirs = of(rows, name, 1.0), of(rows, "sft", 1.0)
+        both = [(a["response"], b["response"]) for a, b in zip(ours, theirs, strict=True)]
+        points = [0.5 if a == b else float(a < b) for a, b in both]
+        assert [row["against_sft"] for row in ours] == points
+        assert metrics["models"][name]["win_rate"][0] == pytest.approx(np.mean(points))
+        assert metrics["models"][name]["verdicts"] == 24
+    assert not card["position_biased"]
+    assert all("sft" in (one, *against) for one, against in metrics["matrix"].items())
+    assert "win_rate_greedy" not in metrics["models"]["ppo"]
+    report = (tmp_path / "eval.partial" / "report.md").read_text()
+    assert "the model a-judge behind an endpoint" in report
+    assert "## The judge" in report
+
+
 LABELS = [
     {"prompt": "p1", "model_a": "PPO", "model_b": "SFT", "winner": "a"},
     {"prompt": "p2", "model_a": "sft", "model_b": "ppo", "winner": "model_b"},
@@ -470,6 +548,41 @@ def test_labels_by_hand(tmp_path):
     assert judging.read_labels(labels(tmp_path, rows)).outcomes["ppo"] == {"a": 1.0, "b": 0.5}
 
 
+def test_ratings_of_single_answers(tmp_path):
+    """Two people on p1, one on p2; `likert` is the score where there is none, and what is empty does not count."""
+    rows = [
+        {"prompt": "p1", "model": "PPO", "likert": 6, "hallucination": "no", "opinion": None},
+        {"prompt": "p1", "model": "PPO", "likert": "4", "hallucination": True, "opinion": ""},
+        {"prompt": "p2", "model": "PPO", "likert": 2, "hallucination": 0.0, "opinion": 1},
+        {"prompt": "p1", "model": "sft", "likert": 3, "hallucination": 1, "opinion": "false"},
+        {"prompt": "p2", "model": "sft", "likert": 3, "hallucination": 1, "opinion": "false"},
+        {"prompt": "p1", "model": "gpt", "likert": 1, "hallucination": 1, "opinion": "yes"},
+    ]
+    found = judging.read_labels(labels(tmp_path, rows))
+    assert found.outcomes["ppo"] == {"p1": 1.0, "p2": 0.0}
+    assert found.pairs["gpt", "ppo"] == {"p1": 0.0}
+    measured = ratings.measured(found.rated, 200)
+    assert [measured["likert"][name][0] for name in ("ppo", "sft", "gpt")] == [3.5, 3, 1]
+    assert measured["metadata"]["hallucination"]["ppo"][0] == 0.25
+    assert measured["metadata"]["opinion"]["ppo"][0] == 1
+    assert list(measured["metadata"]) == ["hallucination", "opinion"]
+    low, high = measured["likert"]["ppo"][1:]
+    assert 1 <= low < 3.5 < high <= 7
+    names = {name: {"name": title} for name, title in judging.NAMES.items()}
+    printed = "\n".join(ratings.section({"models": names} | measured))
+    assert "| overall quality, 1 to 7 | 1.00 " in printed
+    assert "| makes something up | 1.00 " in printed
+
+
+def test_labels_compare_all_pairs(tmp_path):
+    found = judging.read_labels(labels(tmp_path, LABELS))
+    compared = numbers.by_labels(found)
+    assert compared("gpt", "ppo").tolist() == [0.0]
+    assert compared("ppo", "gpt").tolist() == [1.0]
+    assert compared("sft", "ppo").tolist() == [0.0, 0.0, 0.5, 1.0]
+    assert compared("gpt", "sft").tolist() == []
+
+
 def test_several_labels_of_a_prompt_count_as_one(tmp_path):
     """Three people on p1, two of them for PPO, one on p2: the mean is over prompts, (2/3 + 0) / 2."""
     rows = [LABELS[0] | {"winner": winner} for winner in ("a", "b", "a")]
@@ -486,7 +599,9 @@ def test_the_difference_of_two_models_takes_all_their_labels(tmp_path):
         for winner in winners
     ]
     found = judging.read_labels(labels(tmp_path, rows)).outcomes
-    assert numbers.paired_labels(found, 100) == (0.5, 0.5, 0.5)
+    gap = numbers.paired_labels(found, 100)
+    assert gap.mean == 0.5
+    assert 0 < gap.low < 0.5 < gap.high < 1  # all the same, but only ten
     assert numbers.paired_labels({name: dict(list(found[name].items())[1:]) for name in found}, 100) is None
 
 
@@ -523,6 +638,11 @@ def test_labels_of_prompts_that_are_not_evaluated(tmp_path):
         (LABELS[0] | {"winner": "gpt"}, "the winner 'gpt' is neither of ppo and sft"),
         (LABELS[0] | {"model_a": "PPO2"}, "there is no model 'PPO2'"),
         ({"prompt": "p", "model": "sft", "score": "good"}, "score is 'good', but must be a number"),
+        ({"prompt": "p", "model": "sft", "likert": 8}, "likert is 8, but must be a number from 1 to 7"),
+        (
+            {"prompt": "p", "model": "sft", "score": 8, "sexual": "a bit"},
+            "sexual is 'a bit', but must be 1 or 0, yes or no, true or false",
+        ),
         ({"prompt": "p", "model": "sft"}, "there is no 'score'"),
     ],
 )

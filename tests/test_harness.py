@@ -477,6 +477,20 @@ def test_short_answers(policy, plain):
     assert found["exact_match"]["n"] == 2
 
 
+@pytest.mark.slow
+def test_a_task_of_the_harness_on_a_file_of_yours(policy, plain, tmp_path):
+    """Its index of all tasks takes ten seconds or more."""
+    logprobs, _ = plain
+    rows = rows_of("lambada_openai", 5)
+    texts = [{"text": f"{row['context']} {row['continuation']}"} for row in rows]
+    found = asked(policy, "lambada_openai", path=saved(tmp_path, texts))
+    sums = [float(logprobs(row["context"], f" {row['continuation']}").sum()) for row in rows]
+    assert found["perplexity"]["value"] == pytest.approx(math.exp(-sum(sums) / 5), rel=1e-4)
+    assert not found["perplexity"]["higher_is_better"]
+    assert found["acc"]["task"] == "lambada_openai"
+    assert len(found["perplexity"]["draws"]) == harness.SLOW_DRAWS
+
+
 def test_every_task_of_ours_is_in_the_docs():
     page = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text()
     assert [name for name in tasks.cards() if f"| `{name}` |" not in page] == []
@@ -627,7 +641,7 @@ def test_an_interrupted_evaluation_asks_no_finished_task_again(world, monkeypatc
     assert [prompted for prompted, *_ in asked[:7]] == [False] * 4 + [True] * 3
     metrics = json.loads((folder / "eval" / "metrics.json").read_text())
     assert [(found["task"], found["prompt"], found["n"]) for found in metrics["harness"]] == [
-        ("choices", None, 12),
+        ("choices: q", None, 12),
         ("paper_crows_pairs", "basic", 5),
         ("paper_crows_pairs", "respectful", 5),
         ("paper_crows_pairs", "biased", 5),
@@ -637,7 +651,35 @@ def test_an_interrupted_evaluation_asks_no_finished_task_again(world, monkeypatc
     assert first["deltas"]["ppo"][0] == pytest.approx(first["models"]["ppo"][0] - first["models"]["gpt"][0])
     printed = (folder / "eval" / "report.md").read_text()
     assert "## The alignment tax: lm-evaluation-harness" in printed
-    assert r"| choices (1-shot) | 12 | acc ↑ |" in printed
+    assert r"| choices: q (1-shot) | 12 | acc ↑ |" in printed
+
+
+def test_the_stages_metrics_are_those_of_its_models(world):
+    """After the test above: entropy and accuracy of every model, by transformers alone."""
+    _, inputs, folder = world
+    found = {
+        (row["task"], row["prompt"]): row for row in json.loads((folder / "eval/metrics.json").read_text())["harness"]
+    }
+    pairs = [json.loads(line) for line in (folder / "p.jsonl").read_text().splitlines()]
+    for name, stage_name in (("gpt", "pretrain"), ("sft", "sft"), ("ppo", "ppo"), ("ppo_ptx", "ppo_ptx")):
+        model = AutoModelForCausalLM.from_pretrained(inputs[stage_name] / "model").eval()
+        tokenizer = AutoTokenizer.from_pretrained(inputs["sft"] / "model")
+        entropies = []
+        for pair in pairs:
+            sums = []
+            for sentence in (pair["sent_more"], pair["sent_less"]):
+                ids = torch.tensor(
+                    [[tokenizer.bos_token_id, *tokenizer(sentence, add_special_tokens=False)["input_ids"]]]
+                )
+                with torch.no_grad():
+                    logits = model(ids).logits[0, :-1]
+                logits[:, tokenizer.pad_token_id] = -math.inf  # never sampled, so never a prediction
+                sums.append(logits.log_softmax(-1).double().gather(1, ids[0, 1:, None]).sum())
+            shares = torch.stack(sums).softmax(0)
+            entropies.append(float(-(shares * shares.log2()).sum()))
+        value = found["paper_crows_pairs", "basic"]["models"][name][0]
+        assert value == pytest.approx(sum(entropies) / 5, abs=1e-4)
+        assert 0 < value < 1
 
 
 def test_the_content_of_a_task_is_in_the_key(world):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from instructrl.stages.use_cases import OTHER, by_use_case, table
-from instructrl.stages.winrate import interval
+from instructrl.stages.winrate import share
 
 PROMPTS = [{"prompt": f"Prompt {n}", "category": "chat" if n % 3 else "sums"} for n in range(36)]
 WON = [1.0, 0.5, 0.0, 1.0] * 9
@@ -15,7 +15,7 @@ def test_each_use_case_has_its_own_win_rate_and_interval():
     assert list(found) == ["chat", "sums"]  # the larger first
     for case, size in (("chat", 24), ("sums", 12)):
         values = [value for row, value in zip(PROMPTS, WON, strict=True) if row["category"] == case]
-        assert found[case] == {"prompts": size, "win_rate": {"ppo": list(interval(values, 200))}}
+        assert found[case] == {"prompts": size, "win_rate": {"ppo": list(share(values, 200))}}
     whole = sum(of["prompts"] * of["win_rate"]["ppo"][0] for of in found.values()) / 36
     assert whole == pytest.approx(np.mean(WON))
 
@@ -34,7 +34,7 @@ def test_few_prompts_have_no_interval_and_their_number():
 def test_labels_count_by_prompt():
     labels = {"ppo": {"prompt 1": 1.0, "prompt 2": 0.0, "elsewhere": 1.0}, "gpt": {}}
     found = by_use_case(PROMPTS, labels, samples=200, fewest=2)
-    assert found["chat"]["win_rate"] == {"ppo": list(interval([1.0, 0.0], 200))}
+    assert found["chat"]["win_rate"] == {"ppo": list(share([1.0, 0.0], 200))}
     assert found["sums"]["win_rate"] == {}
     made = table(found, {"gpt": "GPT", "ppo": "PPO"}, fewest=2)
     assert made["columns"] == ["use case", "prompts", "PPO"]

@@ -5,7 +5,17 @@ import itertools
 import numpy as np
 import pytest
 
-from instructrl.stages.winrate import Interval, difference, interval, outcomes, ratio, ratio_difference
+from instructrl.stages.winrate import (
+    Interval,
+    difference,
+    interval,
+    mirrored,
+    outcomes,
+    ratio,
+    ratio_difference,
+    share,
+    share_difference,
+)
 
 
 def test_outcomes_by_hand():
@@ -38,14 +48,57 @@ def test_intervals_are_the_same_every_time_and_shrink_with_the_root_of_n():
     assert str(Interval(0.5, 0.25, 0.75)) == "0.500 [0.250, 0.750]"
 
 
-@pytest.mark.parametrize(("loss", "tie"), [(0.4, 0.0), (0.3, 0.3), (0.85, 0.05)])
-def test_coverage_of_the_win_rate(loss, tie):
-    """Of 400 studies of 150 prompts, 95 % cover the truth; three standard errors of that share are 3.3 %."""
+def covered(found, truth):
+    """The share of intervals in which the truth lies."""
+    return np.mean([low <= truth <= high for _, low, high in found])
+
+
+@pytest.mark.parametrize("prompts", [50, 512])
+@pytest.mark.parametrize(("loss", "tie"), [(0.4, 0.0), (0.3, 0.3), (0.85, 0.05), (0.05, 0.7)])
+def test_coverage_of_the_win_rate(loss, tie, prompts):
+    """Of 1,000 studies with a simulated judge, the intervals of 93 to 97 % hold the true win rate."""
     rng = np.random.default_rng(2)
-    truth = 1 - loss - tie / 2
-    draws = rng.choice([0.0, 0.5, 1.0], p=[loss, tie, 1 - loss - tie], size=(400, 150))
-    found = [interval(study, samples=400) for study in draws]
-    assert np.mean([low <= truth <= high for _, low, high in found]) == pytest.approx(0.95, abs=0.033)
+    draws = rng.choice([0.0, 0.5, 1.0], p=[loss, tie, 1 - loss - tie], size=(1_000, prompts))
+    assert 0.93 <= covered([share(study) for study in draws], 1 - loss - tie / 2) <= 0.97
+
+
+@pytest.mark.parametrize(("win", "prompts"), [(0.02, 20), (0.06, 20), (0.97, 50)])
+def test_coverage_where_a_model_nearly_always_wins_or_loses(win, prompts):
+    """A count has few possible values there, so no interval covers exactly 95 %. The percentile bootstrap fails."""
+    rng = np.random.default_rng(3)
+    draws = (rng.random((1_000, prompts)) < win).astype(float)
+    found = covered([share(study) for study in draws], win)
+    assert found >= 0.93
+    assert covered([interval(study, samples=200) for study in draws[:300]], win) < min(0.91, found)
+
+
+def test_coverage_of_labels_that_are_means_and_of_differences():
+    """Two judgements a prompt, in shared and in own noise: quarters; and two models against the same third."""
+    rng = np.random.default_rng(4)
+    chance = rng.beta(2, 1, size=(1_000, 100))  # of a win, which differs by prompt; mean 2/3
+    one, other = ((rng.random((2, *chance.shape)) < chance).mean(0) for _ in range(2))
+    assert 0.93 <= covered([share(study) for study in one], 2 / 3) <= 0.97
+    worse = other * (rng.random(chance.shape) < 0.8)
+    gaps = [share_difference(ours, theirs) for ours, theirs in zip(one, worse, strict=True)]
+    assert 0.93 <= covered(gaps, 2 / 3 * 0.2) <= 0.97
+
+
+def test_a_share_of_zeros_and_ones_has_jeffreys_interval():
+    """The 2.5 and 97.5 % points of Beta(3.5, 17.5) and Beta(.5, 20.5), as tables print them (Brown et al. 2001)."""
+    found = share([1.0] * 3 + [0.0] * 17, samples=200_000)
+    assert found.mean == pytest.approx(0.15)
+    assert (found.low, found.high) == pytest.approx((0.0442, 0.3481), abs=1.5e-3)
+    none = share(np.zeros(20), samples=200_000)
+    assert (none.mean, none.low) == (0, 0)
+    assert none.high == pytest.approx(0.1168, abs=1.5e-3)
+    assert mirrored(none) == (1, 1 - none.high, 1)
+
+
+def test_a_share_is_of_values_between_its_ends():
+    with pytest.raises(ValueError, match="each between 0 and 1"):
+        share([0.5, 1.1])
+    with pytest.raises(ValueError, match="one value or more"):
+        share([])
 
 
 def test_a_difference_is_paired():

@@ -7,6 +7,7 @@ next model, and with the next public task of a model. So are PPO's snapshots (`t
 """
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,21 +32,24 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
     snapshots = trajectory.pieces(study)
     progress, steps = Progress(folder), len(study.names) + len(snapshots) + 2 + (len(harness) if harness else 0)
 
+    def done() -> int:
+        return study.asked() + (harness.done() if harness else 0)
+
     def ask(piece: str) -> None:
         if piece in snapshots:
             trajectory.ask(study, piece, snapshots[piece])
         else:
             study.ask(piece)
-        progress.update(study.asked(), steps)
+        progress.update(done(), steps)
 
-    progress.update(study.asked(), steps)
+    progress.update(done(), steps)
     longest_first = [*sorted(study.names, key=lambda name: name != BEST), *snapshots]
     forked(ask, longest_first, recipe.runtime.jobs, models.device(recipe))
     for model in study.names:
         study.read(model)
     if harness:
         forked(
-            lambda model: harness.ask(model, lambda: progress.update(study.asked() + harness.done(), steps)),
+            lambda model: harness.ask(model, lambda: progress.update(done(), steps)),
             harness.names,
             recipe.runtime.jobs,
             models.device(recipe),
@@ -56,6 +60,7 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
     metrics = measure(study, scores)
     if harness:
         metrics["harness"] = tax.measured(harness.read())
+        metrics["versions"]["lm_eval"] = version("lm_eval")
     write_table(folder / "samples.parquet", scores.rows(), SAMPLES)
     study.contract.save(folder, tokenizer=False)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")

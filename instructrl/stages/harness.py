@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,9 +31,11 @@ from instructrl.stages import sources
 from instructrl.stages.harness_model import Policy
 from instructrl.stages.judging import NAMES
 from instructrl.stages.models import device
-from instructrl.stages.study import Study
 from instructrl.stages.toxicity import Toxicity
 from instructrl.stages.winrate import SEED
+
+if TYPE_CHECKING:
+    from instructrl.stages.study import Study
 
 FOLDER = "checkpoints/harness"
 SLOW_DRAWS = 100
@@ -55,6 +57,12 @@ class Trial:
     def key(self) -> str:
         return f"eval.tasks[{self.number}]"
 
+    def title(self, name: str) -> str:
+        """The name of one of its tasks for a reader: what reads any file is named with the file."""
+        card = tasks.cards().get(name)
+        generic = card and card.n is None and self.task.path
+        return f"{name}: {Path(self.task.path).name.partition('.')[0]}" if generic else name
+
     @property
     def file(self) -> str:
         """The name of what is kept of it."""
@@ -75,7 +83,7 @@ def trials(recipe: Recipe) -> list[Trial]:
 class Harness:
     """The tasks and the models of one evaluation."""
 
-    def __init__(self, study: Study) -> None:
+    def __init__(self, study: "Study") -> None:
         self.study, self.trials = study, trials(study.recipe)
         self.names = [name for name in study.names if name in NAMES]  # best-of-n has SFT's weights
 
@@ -152,7 +160,7 @@ def run(trial: Trial, policy: Policy, recipe: Recipe) -> list[dict]:
                 aggregate = task.aggregation().get(metric, mean)
                 rows.append(
                     {
-                        "task": name,
+                        "task": trial.title(name),
                         "prompt": trial.prompt,
                         "shots": trial.task.shots,
                         "metric": metric if kind == "none" else f"{metric} ({kind})",
@@ -217,7 +225,8 @@ def made(name: str, own: dict[str, Any], known: TaskManager) -> dict[str, Harnes
     if entry.kind is Kind.GROUP:
         members = [{"group": name, **own}]
     else:
-        members = [{"task": one, **own} for one in sorted(entry.tags or [name])]
+        names = sorted(entry.tags) if entry.kind is Kind.TAG else [name]
+        members = [{"task": one, **own} for one in names]
     return known.load([{"group": "eval.tasks", "task": members}])["tasks"]
 
 

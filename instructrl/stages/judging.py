@@ -4,7 +4,8 @@ A judge that scores gives a number for each answer; whose is higher wins the pro
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 
 from instructrl.config import Recipe
 from instructrl.errors import UserError
-from instructrl.stages import records, sources
+from instructrl.stages import ratings, records, sources
 from instructrl.stages.answers import Answer, world_of
 from instructrl.stages.models import load_reward_model
 from instructrl.stages.pool import normalized
@@ -38,6 +39,8 @@ DESCRIPTIONS = {
     "reward_model": "a second reward model, trained on rankings of prompts that trained nothing else (held out). "
     "It is a learnt judge with the errors of one, not a person",
     "labels": "labels from {path}, of an earlier run's samples",
+    "endpoint": "the model {model} behind an endpoint, told the rubric of the paper's labelers (Fig. 10) and asked "
+    "about each pair of answers in both orders. It is a model with a model's errors, not a person",
 }
 
 
@@ -49,7 +52,8 @@ def names(recipe: Recipe) -> dict[str, str]:
 
 def describe(recipe: Recipe) -> str:
     """One phrase for the report."""
-    return DESCRIPTIONS[recipe.eval.judge].format(path=recipe.eval.labels.path if recipe.eval.labels else "")
+    path = recipe.eval.labels.path if recipe.eval.labels else ""
+    return DESCRIPTIONS[recipe.eval.judge].format(path=path, model=recipe.eval.endpoint.model)
 
 
 def gold_judgements(recipe: Recipe, prompts: Sequence[dict], answers: Sequence[Answer]) -> list[dict]:
@@ -93,6 +97,9 @@ class Labels:
     """Prompts left out because they are not among those evaluated."""
     invalid: int = 0
     """Rows dropped by `skip_invalid`."""
+    pairs: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
+    """For each pair of models {prompt: mean outcome of the first}."""
+    rated: ratings.Rated = field(default_factory=dict)
 
     def prompts(self) -> int:
         """How many prompts compare some model with SFT."""
@@ -105,7 +112,7 @@ class Labels:
 
 
 def read_labels(recipe: Recipe, prompts: Iterable[str] = ()) -> Labels:
-    """From `eval.labels`, each model against SFT. Several labels of one prompt and model count as their mean.
+    """From `eval.labels`, all pairs of models. Several labels of one prompt and model count as their mean.
 
     Prompts are what is drawn anew for an interval, so each may count once. Labels of prompts other than `prompts`
     (those evaluated) are left out, unless that would leave none.
@@ -124,45 +131,50 @@ def read_labels(recipe: Recipe, prompts: Iterable[str] = ()) -> Labels:
             invalid += 1
         if len(read) == source.limit:
             break
-    found = _against_baseline(read, models)
-    if not any(found.values()):
+    pairs = _pairs(read, list(models))
+    if not any(found for (_, other), found in pairs.items() if other == BASELINE):
         raise UserError(f"{key}: no label in {source.path} compares a model with SFT on the same prompt")
-    labelled = {prompt for outcomes_ in found.values() for prompt in outcomes_}
+    labelled = {prompt for found in pairs.values() for prompt in found}
     wanted = labelled & {normalized(prompt) for prompt in prompts}
     kept = wanted or labelled
-    found = {name: {prompt: values[prompt] for prompt in values if prompt in kept} for name, values in found.items()}
-    return Labels(found, bool(wanted), len(labelled) - len(kept), invalid)
+    pairs = {both: {prompt: found[prompt] for prompt in found if prompt in kept} for both, found in pairs.items()}
+    outcomes_ = {name: pairs.get((name, BASELINE), {}) for name in models}
+    rated = ratings.by_model((prompt, model, said) for prompt, model, _, _, said in read if prompt in kept)
+    return Labels(outcomes_, bool(wanted), len(labelled) - len(kept), invalid, pairs, rated)
 
 
-def _read_label(label: dict, models: dict[str, str]) -> tuple[str, str, str | None, float]:
-    """(prompt, model, its opponent, its outcome), or (prompt, model, None, its score)."""
+Label = tuple[str, str, str | None, float, dict[str, float]]
+"""(prompt, model, its opponent, its outcome, {}), or (prompt, model, None, its score, its ratings)."""
+
+
+def _read_label(label: dict, models: dict[str, str]) -> Label:
     prompt = normalized(label["prompt"])
     if "score" in label:
-        return prompt, _model(label["model"], models), None, label["score"]
+        return prompt, _model(label["model"], models), None, label["score"], label["ratings"]
     one, other = _model(label["model_a"], models), _model(label["model_b"], models)
-    return prompt, one, other, _outcome(label["winner"], one, other, models)
+    return prompt, one, other, _outcome(label["winner"], one, other, models), {}
 
 
-def _against_baseline(
-    read: list[tuple[str, str, str | None, float]], models: Iterable[str]
-) -> dict[str, dict[str, float]]:
-    """{model: {prompt: mean outcome against SFT}}; the mean scores of a prompt make one more outcome."""
-    scores: dict[tuple[str, str], list[float]] = {}
-    found: dict[str, dict[str, list[float]]] = {name: {} for name in models}
-    for prompt, one, other, value in read:
+def _pairs(read: list[Label], models: Sequence[str]) -> dict[tuple[str, str], dict[str, float]]:
+    """{(model, other): {prompt: mean outcome}}, SFT the other of all; the mean scores of a prompt make one more
+    outcome."""
+    scores: dict[str, dict[str, list[float]]] = {}
+    every = list(combinations(sorted(models, key=lambda name: name == BASELINE), 2))
+    found: dict[tuple[str, str], dict[str, list[float]]] = {both: {} for both in every}
+    for prompt, one, other, value, _ in read:
         if other is None:
-            scores.setdefault((prompt, one), []).append(value)
-        elif BASELINE in (one, other) and one != other:
-            name, outcome = (one, value) if other == BASELINE else (other, 1 - value)
-            found[name].setdefault(prompt, []).append(outcome)
-    for (prompt, name), values in scores.items():
-        baseline = scores.get((prompt, BASELINE))
-        if baseline and name != BASELINE:
-            outcome = outcomes([np.mean(values)], [np.mean(baseline)])[0]
-            found[name].setdefault(prompt, []).append(float(outcome))
+            scores.setdefault(prompt, {}).setdefault(one, []).append(value)
+        elif one != other:
+            both, outcome = ((one, other), value) if (one, other) in found else ((other, one), 1 - value)
+            found[both].setdefault(prompt, []).append(outcome)
+    for prompt, given in scores.items():
+        for one, other in every:
+            if one in given and other in given:
+                outcome = outcomes([np.mean(given[one])], [np.mean(given[other])])[0]
+                found[one, other].setdefault(prompt, []).append(float(outcome))
     return {
-        name: {prompt: float(np.mean(values)) for prompt, values in labelled.items()}
-        for name, labelled in found.items()
+        both: {prompt: float(np.mean(values)) for prompt, values in labelled.items()}
+        for both, labelled in found.items()
     }
 
 

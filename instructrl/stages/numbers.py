@@ -4,12 +4,25 @@ import json
 from collections import Counter
 from collections.abc import Callable
 
-from instructrl.stages import claims, judging, preferences, report, scorecard, trajectory, use_cases
-from instructrl.stages.judging import BEST, NAMES
+import numpy as np
+
+from instructrl.stages import claims, judging, matrix, preferences, ratings, report, scorecard, trajectory, use_cases
+from instructrl.stages.judges import Labelled, Side
+from instructrl.stages.judging import BASELINE, BEST, NAMES
+from instructrl.stages.length_control import length_controlled
 from instructrl.stages.scores import Scores
 from instructrl.stages.study import GREEDY, Study
 from instructrl.stages.tables import read_table
-from instructrl.stages.winrate import Interval, average_of_means, difference, interval, ratio, ratio_difference
+from instructrl.stages.winrate import (
+    Interval,
+    average_of_means,
+    decided,
+    interval,
+    ratio,
+    ratio_difference,
+    share,
+    share_difference,
+)
 from instructrl.trainers.selection import kl_bound
 
 FEWEST = 10
@@ -24,6 +37,9 @@ def measure(study: Study, scores: Scores) -> dict:
     def mean(values) -> list[float]:
         return list(interval(values, samples))
 
+    def shared(values) -> list[float]:
+        return list(share(values, samples))
+
     evaluated = [row["prompt"] for row in study.prompts]
     labels = judging.read_labels(recipe, evaluated) if recipe.eval.judge == "labels" else None
     labelled = labels.outcomes if labels else {}
@@ -34,22 +50,28 @@ def measure(study: Study, scores: Scores) -> dict:
             "name": title,
             "win_rate": None,
             "length": mean([answer.length for answer in given]),
-            "ended": mean([answer.ended for answer in given]),
+            "ended": shared([answer.ended for answer in given]),
             "reward": mean(scores.rewards[name, t]),
             "kl": mean(scores.kl[name, t]) if (name, t) in scores.kl else None,
             "kl_bound": kl_bound(recipe.eval.best_of_n) if name == BEST else None,
         }
-        if (name, t) in scores.outcomes:
-            found["win_rate"] = mean(scores.outcomes[name, t])
+        if name == BASELINE and (scores.outcomes or labelled):
+            found["win_rate"] = [0.5] * 3  # against itself: known, not measured
+            found |= {"win_rate_greedy": [0.5] * 3} if (name, GREEDY) in scores.outcomes else {}
+        elif (name, t) in scores.outcomes:
+            [verdicts] = decided(scores.outcomes[name, t])
+            found["win_rate"] = shared(verdicts) if len(verdicts) else None
+            found["verdicts"] = len(verdicts)
+            found["win_rate_length_controlled"] = at_equal_length(study, scores, name, samples)
             if (name, GREEDY) in scores.outcomes:
-                found["win_rate_greedy"] = mean(scores.outcomes[name, GREEDY])
+                found["win_rate_greedy"] = shared(scores.outcomes[name, GREEDY])
         elif labelled.get(name):
-            found["win_rate"] = mean(list(labelled[name].values()))
+            found["win_rate"] = shared(list(labelled[name].values()))
         if GREEDY in study.answers[name]:
             found["greedy"] = {"length": mean([answer.length for answer in study.answers[name][GREEDY]])}
         for temperature, place in ((t, found), (GREEDY, found.get("greedy"))):
             if place is not None and (name, temperature) in scores.gold:
-                place["gold"] = gold_breakdown(scores.gold[name, temperature], mean)
+                place["gold"] = gold_breakdown(scores.gold[name, temperature], mean, shared)
         models[name] = found | knowledge(study, name, samples)
     metrics = {
         "recipe": recipe.name,
@@ -70,6 +92,11 @@ def measure(study: Study, scores: Scores) -> dict:
         "judge_model": reward_model_quality(study, "judge", "judge") if "judge" in study.inputs else None,
         "versions": report.versions(),
     }
+    metrics["matrix"] = matrix.pairs(list(study.names), by_labels(labels) if labels else scores.compared, samples)
+    if labels:
+        metrics |= ratings.measured(labels.rated, samples)
+    if scores.judge_card:
+        metrics["judge_card"] = scores.judge_card
     metrics["claims"] = check_claims(study, scores, labelled, metrics)
     metrics["table"] = report.table(metrics)
     won = labelled if labels else {name: scores.outcomes[name, t] for name in study.names}
@@ -80,19 +107,37 @@ def measure(study: Study, scores: Scores) -> dict:
     return metrics
 
 
-def gold_breakdown(judged: list[dict], mean: Callable) -> dict:
+def by_labels(labels: judging.Labels) -> matrix.Compared:
+    """The outcomes of one model against another on the prompts that have labels of both."""
+    judge, prompts = Labelled(labels.pairs), sorted({prompt for found in labels.pairs.values() for prompt in found})
+
+    def compared(one: str, other: str) -> np.ndarray:
+        return decided(judge.compare(prompts, Side(one, 0.0, ()), Side(other, 0.0, ())))[0]
+
+    return compared
+
+
+def gold_breakdown(judged: list[dict], mean: Callable, shared: Callable) -> dict:
     """Mean utility and the shares of answers that are correct, meet their constraint, make something up, are rude."""
     found = {}
     for name in ("utility", "correct", "constraint", "hallucination", "toxic"):
         values = [float(one[name]) for one in judged if one[name] is not None]
-        found[name] = mean(values) if values else None
+        found[name] = (mean if name == "utility" else shared)(values) if values else None
     return found
+
+
+def at_equal_length(study: Study, scores: Scores, name: str, samples: int) -> list[float] | None:
+    """The length-controlled win rate against SFT; None with too few prompts for a regression."""
+    t = study.recipe.eval.temperature
+    lengths = [[answer.length for answer in study.answers[model][t]] for model in (name, BASELINE)]
+    outcomes, ours, theirs = decided(scores.outcomes[name, t], *lengths)
+    return list(length_controlled(outcomes, ours, theirs, samples)) if len(outcomes) >= FEWEST else None
 
 
 def knowledge(study: Study, name: str, samples: int) -> dict:
     """Accuracy on each public task and loss per token on held-out text, of each kind and of all."""
     knows = study.knows[name]
-    tasks = {task: list(interval(right, samples)) for task, right in knows["tasks"].items()}
+    tasks = {task: list(share(right, samples)) for task, right in knows["tasks"].items()}
     losses = {}
     for kind in measured_kinds(study):
         losses[kind] = list(ratio(*text_terms(study, name, kind), samples))
@@ -127,7 +172,7 @@ def tax_changes(study: Study, samples: int) -> dict:
     tasks, text = {}, {}
     for task in study.knows["gpt"]["tasks"]:
         right = {name: study.knows[name]["tasks"][task] for name in NAMES}
-        tasks[task] = {key: list(difference(right[a], right[b], samples)) for key, (a, b) in pairs.items()}
+        tasks[task] = {key: list(share_difference(right[a], right[b], samples)) for key, (a, b) in pairs.items()}
     for kind in measured_kinds(study):
         terms = {name: text_terms(study, name, kind) for name in NAMES}
         text[kind] = {key: list(ratio_difference([terms[a], terms[b]], samples)) for key, (a, b) in pairs.items()}
@@ -147,7 +192,8 @@ def check_claims(study: Study, scores: Scores, labelled: dict, metrics: dict) ->
     if metrics["labels"]:
         rates = {name: rate for name, rate in rates.items() if len(labelled[name]) >= FEWEST}
     if scores.outcomes:
-        prompted = difference(scores.outcomes["gpt_prompted", t], scores.outcomes["gpt", t], samples)
+        gap, *_ = decided(scores.outcomes["gpt_prompted", t] - scores.outcomes["gpt", t])
+        prompted = share(gap, samples, -1.0, 1.0) if len(gap) >= FEWEST else None
     else:
         prompted = paired_labels(labelled, samples)
     checked = claims.order(rates, prompted)
@@ -171,7 +217,7 @@ def paired_labels(labelled: dict[str, dict[str, float]], samples: int) -> Interv
     shared = sorted(one.keys() & other.keys())
     if len(shared) < FEWEST:
         return None
-    return difference([one[key] for key in shared], [other[key] for key in shared], samples)
+    return share_difference([one[key] for key in shared], [other[key] for key in shared], samples)
 
 
 def turned(values: list[float], sign: float) -> Interval:

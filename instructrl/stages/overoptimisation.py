@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from instructrl.stages.markup import grid
-from instructrl.stages.winrate import SEED, Interval, difference, interval, outcomes
+from instructrl.stages.winrate import SEED, Interval, difference, interval, outcomes, share
 
 BUCKETS = 5
 """Of lengths, with about as many answers each. Our choice."""
@@ -93,7 +93,7 @@ def curve(points: Sequence[Point], batch_size: int, baseline: ArrayLike | None, 
         row |= {"kl": kl, "distance": math.sqrt(max(kl, 0.0)), "proxy": list(interval(point.proxy, samples))}
         judged = point.judge is not None
         row["judge"] = list(interval(point.judge, samples)) if judged else None
-        row["win_rate"] = list(interval(outcomes(point.judge, baseline), samples)) if judged else None
+        row["win_rate"] = list(share(outcomes(point.judge, baseline), samples)) if judged else None
         rows.append(row | {"length": float(np.mean(point.lengths))})
     return rows
 

@@ -13,7 +13,7 @@ from instructrl import columns
 from instructrl.columns import Invalid, nearest
 from instructrl.config import Source
 from instructrl.errors import UserError
-from instructrl.stages import chats
+from instructrl.stages import chats, ratings
 from instructrl.stages.fields import NOTES, Fields
 from instructrl.stages.readers import Row
 
@@ -22,7 +22,7 @@ FORMS = {
     "rankings": (("prompt", "responses", "ranks"), ("prompt", "chosen", "rejected"), ("chosen", "rejected")),
     "prompts": (("prompt",),),
     "text": (("text",),),
-    "labels": (("prompt", "model_a", "model_b", "winner"), ("prompt", "model", "score")),
+    "labels": (("prompt", "model_a", "model_b", "winner"), ("prompt", "model", "score"), ("prompt", "model", "likert")),
 }
 """The columns a row must have: one of the forms, the first of which is the usual one."""
 
@@ -40,7 +40,7 @@ OPTIONAL = {
     "rankings": ("annotators", "labeler", *NOTES),
     "prompts": NOTES,
     "text": ("kind",),
-    "labels": (),
+    "labels": ratings.FIELDS,
 }
 
 ALSO_CALLED = {
@@ -306,13 +306,17 @@ def _pair(fields: Fields, form: tuple[str, ...]) -> tuple[str, list[str]]:
 
 
 def _label(fields: Fields, form: tuple[str, ...]) -> list[dict]:
-    """{prompt, model_a, model_b, winner} or {prompt, model, score}; a score is any finite number, higher is better."""
-    label: dict[str, object] = {column: fields.text(column) for column in form if column != "score"}
-    if "score" in form:
-        value = fields.value("score")
-        label["score"] = columns.number(value)
-        if not math.isfinite(label["score"]):
-            raise Invalid(f"score is {value!r}, but must be a number")
+    """{prompt, model_a, model_b, winner}, or {prompt, model, score, ratings}: a score is any finite number, higher is
+    better, and `likert` where there is none; ratings are those of `stages.ratings` that the row has."""
+    if "winner" in form:
+        return [{column: fields.text(column) for column in form}]
+    label: dict[str, object] = {"prompt": fields.text("prompt"), "model": fields.text("model")}
+    rated = {name: ratings.read(name, fields.value(name)) for name in ratings.FIELDS if fields.has(name)}
+    label["ratings"] = {name: value for name, value in rated.items() if value is not None}
+    value = fields.value(form[-1])
+    label["score"] = columns.number(value)
+    if not math.isfinite(label["score"]):
+        raise Invalid(f"{form[-1]} is {value!r}, but must be a number")
     return [label]
 
 

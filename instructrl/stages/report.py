@@ -1,12 +1,13 @@
 """`report.md` and the five-model table, from the numbers of `metrics.json`. Nothing is computed here."""
 
+import math
 import re
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from instructrl.display import printable
-from instructrl.stages import overoptimisation, scorecard, tax
+from instructrl.stages import judges, matrix, overoptimisation, ratings, scorecard, tax
 from instructrl.stages.claims import FAILS, HOLDS, UNDECIDED
 from instructrl.stages.judging import BASELINE, BEST, NAMES
 from instructrl.stages.markup import cell, code, fenced, grid
@@ -144,6 +145,9 @@ def markdown(metrics: dict, shown: list[dict]) -> str:
         "## Win rates",
         grid(metrics["table"]["columns"], metrics["table"]["rows"], escaped=True),
         win_rate_notes(metrics),
+        *judges.section(metrics),
+        *matrix.sections(metrics),
+        *ratings.section(metrics),
         *use_case_section(metrics),
         "## The paper's claims on this run",
         claim_table(metrics["claims"]) if metrics["claims"] else verdicts([]),
@@ -364,5 +368,6 @@ def verdict_of(scores: "Scores", name: str, temperature: float, number_: int) ->
     """` (beats SFT)` and so on."""
     if name == BASELINE or (name, temperature) not in scores.outcomes:
         return ""
-    said = {1.0: "beats SFT", 0.5: "ties with SFT", 0.0: "loses to SFT"}
-    return f" ({said[float(scores.outcomes[name, temperature][number_])]})"
+    outcome = scores.outcomes[name, temperature][number_]
+    said = {1.0: "beats SFT", 0.75: "rather beats SFT", 0.5: "ties with SFT", 0.25: "rather loses to SFT"}
+    return " (no verdict)" if math.isnan(outcome) else f" ({said.get(float(outcome), 'loses to SFT')})"

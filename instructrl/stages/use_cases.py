@@ -7,7 +7,7 @@ import numpy as np
 
 from instructrl.stages.judging import BASELINE
 from instructrl.stages.pool import normalized
-from instructrl.stages.winrate import interval
+from instructrl.stages.winrate import share
 
 OTHER = "(none)"
 """The use case of prompts that have none, beside others that do."""
@@ -48,9 +48,9 @@ def by_use_case(
                 asked = [normalized(prompts[number]["prompt"]) for number in numbers]
                 values = [outcomes[prompt] for prompt in asked if prompt in outcomes]
             else:
-                values = [outcomes[number] for number in numbers]
+                values = [outcomes[number] for number in numbers if not np.isnan(outcomes[number])]
             if model != BASELINE and values:
-                rates[model] = list(interval(values, samples)) if len(values) >= fewest else [float(np.mean(values))]
+                rates[model] = list(share(values, samples)) if len(values) >= fewest else [float(np.mean(values))]
         found[case] = {"prompts": len(numbers), "win_rate": rates}
     return found
 
