@@ -253,7 +253,7 @@ def log(folder: Path) -> list[dict]:
 
 
 def is_time(name: str) -> bool:
-    return "seconds" in name or "per_second" in name or name in ("eps", "tokens_per_s")
+    return "second" in name or "runtime" in name or name in ("eps", "tokens_per_s")
 
 
 @dataclass(frozen=True)
