@@ -14,7 +14,7 @@ import pytest
 import yaml
 from conftest import ROOT, Instructrl
 
-from instructrl import __version__, cli, drift
+from instructrl import __version__, cli, drift, options
 from instructrl.display import Plain, duration, number
 from instructrl.packages import installed
 from instructrl.pipeline import LAST, NAMES
@@ -309,9 +309,9 @@ def test_reader_that_goes_away(here: Path) -> None:
 
 
 def test_completion(here: Path) -> None:
-    assert "recipe=tiny" in cli.complete("recipe=")
-    assert cli.complete("sft.ep") == ["sft.epochs="]
-    assert cli.complete_stage("ppo_") == ["ppo_init", "ppo_ptx"]
+    assert "recipe=tiny" in options.complete("recipe=")
+    assert options.complete("sft.ep") == ["sft.epochs="]
+    assert options.complete_stage("ppo_") == ["ppo_init", "ppo_ptx"]
 
 
 def test_completion_in_a_shell(here: Path) -> None:

@@ -122,6 +122,16 @@ def test_win_rates_and_their_order():
     assert (found["verdict"], found["yours"]["note"]) == (REPRODUCED, "the narrowest step, GPT (prompted) to SFT")
 
 
+def test_n_is_that_of_the_labels_or_of_the_judges_verdicts():
+    labels = {"by_model": {"gpt": 30, "gpt_prompted": 40, "ppo": 12, "ppo_ptx": 9}}
+    assert row("C4", "PPO against", labels=labels)["yours"]["n"] == 12
+    assert row("C4", "PPO-ptx against", labels=labels)["verdict"] == NOT_MEASURED  # nine prompts
+    decided = {name: model | {"verdicts": 700 + len(name)} for name, model in METRICS["models"].items()}
+    assert row("C4", "PPO against", models=decided)["yours"]["n"] == 703
+    matrix = {"ppo_ptx": {"gpt": flat(0.9)}}
+    assert row("H1", "", models=decided, matrix=matrix)["yours"]["n"] == 703
+
+
 def test_the_matrix_has_the_headline():
     assert row("H1", "")["verdict"] == NOT_MEASURED
     matrix = {"ppo_ptx": {"gpt": flat(0.96), "gpt_prompted": flat(0.69), "ppo": flat(0.48, 0.015)}}

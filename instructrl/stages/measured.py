@@ -30,9 +30,7 @@ def win_rate(name: str) -> Measure:
 
     def measure(metrics: dict) -> Yours | None:
         found = metrics["models"].get(name, {}).get("win_rate")
-        labels = metrics.get("labels")
-        n = labels["by_model"].get(name, 0) if labels else metrics["prompts"]
-        return Yours(Interval(*found), n) if found else None
+        return Yours(Interval(*found), compared(metrics, name)) if found else None
 
     return measure
 
@@ -42,9 +40,17 @@ def head_to_head(name: str, other: str) -> Measure:
 
     def measure(metrics: dict) -> Yours | None:
         found = metrics.get("matrix", {}).get(name, {}).get(other)
-        return Yours(Interval(*found), metrics["prompts"]) if found else None
+        n = min(compared(metrics, one) for one in (name, other))
+        return Yours(Interval(*found), n) if found else None
 
     return measure
+
+
+def compared(metrics: dict, name: str) -> int:
+    """Prompts on which the model was compared with SFT: those labelled, or those on which a judge decided."""
+    if metrics.get("labels"):
+        return metrics["labels"]["by_model"].get(name, 0)
+    return metrics["models"].get(name, {}).get("verdicts", metrics["prompts"])
 
 
 def order(metrics: dict) -> Yours | None:
@@ -62,7 +68,7 @@ def order(metrics: dict) -> Yours | None:
         "SFT to PPO-ptx": apart(rates["ppo_ptx"], sft),
     }
     narrowest = min(gaps, key=lambda name: gaps[name].low)
-    return Yours(gaps[narrowest], metrics["prompts"], f"the narrowest step, {narrowest}")
+    return Yours(gaps[narrowest], min(compared(metrics, name) for name in rates), f"the narrowest step, {narrowest}")
 
 
 def no_difference(metrics: dict) -> Yours | None:
