@@ -21,7 +21,7 @@ run: $(VENV)/.installed ## Set up and run the whole story on the built-in world
 test test-gpu test-slow test-trl-min parity: export OMP_NUM_THREADS ?= 1 # models this small are faster on one thread than on two
 
 test: $(VENV)/.installed-dev ## Set up and run the tests
-	$(VENV)/bin/python -m pytest -m "$(FAST)"
+	$(VENV)/bin/python -m pytest -m "$(FAST)" --numprocesses 2 --dist loadfile
 
 test-gpu: $(VENV)/.installed-dev ## Run the tests that need a CUDA device
 	$(VENV)/bin/python -m pytest -m gpu

@@ -9,7 +9,7 @@ import typer
 
 from instructrl import __version__, housekeeping
 from instructrl.errors import UserError
-from instructrl.options import STAGES, DryRun, Force, Json, Multirun, Overrides, complete_stage
+from instructrl.options import STAGES, DryRun, Force, Jobs, Json, Multirun, Overrides, complete_stage
 
 SOMETHING_TO_RUN = 3  # the status of `plan --check`; 1 and 2 are errors
 
@@ -23,10 +23,14 @@ app = typer.Typer(
 
 @app.command("run-all")
 def run_all(
-    overrides: Overrides = None, dry_run: DryRun = False, force: Force = None, multirun: Multirun = False
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    force: Force = None,
+    multirun: Multirun = False,
+    jobs: Jobs = None,
 ) -> None:
     """Make all of it, up to the report on five models."""
-    execute(None, overrides, dry_run, force, multirun)
+    execute(None, overrides, dry_run, force, multirun, jobs)
 
 
 @app.command()
@@ -87,21 +91,26 @@ def stage_command(name: str) -> Callable[..., None]:
     """The command that makes one stage's artifact."""
 
     def command(
-        overrides: Overrides = None, dry_run: DryRun = False, force: Force = None, multirun: Multirun = False
+        overrides: Overrides = None,
+        dry_run: DryRun = False,
+        force: Force = None,
+        multirun: Multirun = False,
+        jobs: Jobs = None,
     ) -> None:
-        execute(name, overrides, dry_run, force, multirun)
+        execute(name, overrides, dry_run, force, multirun, jobs)
 
     def data_command(
         overrides: Overrides = None,
         dry_run: DryRun = False,
         force: Force = None,
         multirun: Multirun = False,
+        jobs: Jobs = None,
         show: Annotated[
             int | None, typer.Option(metavar="N", min=1, help="Show N examples of each set as the model reads them.")
         ] = None,
     ) -> None:
         if show is None or dry_run:
-            execute(name, overrides, dry_run, force, multirun)
+            execute(name, overrides, dry_run, force, multirun, jobs)
         else:
             show_data(overrides or [], force or [], multirun, show)
 
@@ -130,13 +139,19 @@ for stage_name_, makes in STAGES.items():
 
 
 def execute(
-    target: str | None, overrides: list[str] | None, dry_run: bool, force: list[str] | None, multirun: bool
+    target: str | None,
+    overrides: list[str] | None,
+    dry_run: bool,
+    force: list[str] | None,
+    multirun: bool,
+    jobs: int | None,
 ) -> None:
     """Plan, and unless it is a dry run, run. `target` None is the recipe's last stage."""
     from instructrl import printout
     from instructrl.jobs import make_jobs, run
 
-    planned = make_jobs(target, overrides or [], force or [], multirun)
+    arguments = [*(overrides or []), *([f"runtime.jobs={jobs}"] if jobs else [])]
+    planned = make_jobs(target, arguments, force or [], multirun)
     if dry_run:
         printout.show_plans(planned)
     else:

@@ -537,8 +537,10 @@ class Runtime(Section):
 
     output_dir: str = "artifacts"
     jobs: PositiveInt = 1
-    """What runs at the same time: independent stages (ppo beside ppo_ptx), and with one thread a stage, on a CPU, the
-    sampling inside `label` and `eval`."""
+    """What runs at the same time: independent stages (ppo beside ppo_ptx, points of a sweep) while memory has room for
+    them, and with one thread a stage, on a CPU, the sampling inside `label` and `eval`. On the command line: --jobs."""
+    memory_gb: PositiveFloat | None = None
+    """Gigabytes (1e9 bytes) of main memory that stages may take side by side; null: what is free."""
     threads: PositiveInt | None = None
     """CPU threads a stage; null: torch's default. Very small models are faster on one."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

@@ -1,7 +1,7 @@
 """From what was typed to finished jobs: one recipe and its plan, or every combination of a sweep."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from instructrl import printout, references
 from instructrl.artifacts import Artifact, Store
 from instructrl.display import open_display
 from instructrl.errors import StageFailed, UserError
+from instructrl.graph import Place, graph, located
 from instructrl.key import sentence
 from instructrl.keys import closest, did_you_mean
 from instructrl.launch import check_tracker, check_trainers
@@ -17,7 +18,7 @@ from instructrl.pipeline import LAST, NAMES, ordered, stages
 from instructrl.plan import StagePlan, make_plan
 from instructrl.points import compose_points
 from instructrl.recipe import Composition, compose_recipe
-from instructrl.runner import run_plan
+from instructrl.runner import Run
 from instructrl.survey import Survey
 
 WITHOUT = {  # why a recipe can lack a stage
@@ -103,7 +104,7 @@ def job(
 
 
 def run(planned: list[Job], command: list[str]) -> None:
-    """Run the jobs one after the other; in a sweep a failed one does not keep the rest from running.
+    """Run the jobs, `runtime.jobs` stages at a time; in a sweep a failed one does not keep the rest from running.
 
     Raises:
         UserError: what went wrong.
@@ -114,24 +115,34 @@ def run(planned: list[Job], command: list[str]) -> None:
             check_tracker(one.composition.recipe)
         check_trainers(one.plan, one.composition.recipe)
     note_references(planned)
-    failures: list[tuple[Job, UserError]] = []
-    finished: list[tuple[Job, dict[str, Artifact]]] = []
-    for number, one in enumerate(planned):
-        if number:  # an earlier job of the sweep may have made what this one needs
-            one = job(one.target, one.arguments, one.force, one.composition, {})
-        if len(planned) > 1:
-            printout.heading(one, number, len(planned))
-        try:
-            finished.append((one, run_one(one, command, began)))
-        except StageFailed as error:
-            if len(planned) == 1:
-                raise
-            printout.failed(error)
-            failures.append((one, error))
-    if len(planned) > 1:
-        printout.show_sweep(finished, [one for one, _ in failures])
+    nodes, sweep = graph(planned), len(planned) > 1
+    printout.show_work(planned, nodes)
+    runtime = planned[0].composition.recipe.runtime
+    limit = int(runtime.memory_gb * 1e9) if runtime.memory_gb else None
+    work = Run(nodes, open_display(), command, began, runtime.jobs, limit, sweep)
+    try:
+        work.run()
+    finally:
+        remember(planned, work.artifacts)
+    work.conclude()
+    made = [{name: work.artifacts[at] for name, at in located(one) if at in work.artifacts} for one in planned]
+    if not sweep:
+        printout.show_result(planned[0], made[0])
+        return
+    pairs = list(zip(planned, made, strict=True))
+    failures = [one for one, artifacts in pairs if one.target not in artifacts]
+    printout.show_sweep([(one, artifacts) for one, artifacts in pairs if one.target in artifacts], failures)
     if failures:
         raise StageFailed(f"{len(failures)} of {len(planned)} jobs failed; the same command goes on with them.")
+
+
+def remember(planned: Sequence[Job], artifacts: Mapping[Place, Artifact]) -> None:
+    """Note what the jobs' stages are now, the last job's for last."""
+    with suppress(OSError):  # it is of use to the next plan only
+        for one in planned:
+            places = dict(located(one))
+            keys = {step.stage.name: step.key for step in one.plan if places[step.stage.name] in artifacts}
+            one.store.remember(one.composition.recipe.name, keys)
 
 
 def note_references(planned: Sequence[Job]) -> None:
@@ -143,12 +154,3 @@ def note_references(planned: Sequence[Job]) -> None:
     for (root, recipe), places in runs.items():
         with suppress(OSError):  # a folder that cannot be written is named by what must write into it
             references.note(Store(root), recipe, places)
-
-
-def run_one(one: Job, command: list[str], began: float) -> dict[str, Artifact]:
-    """Run one job, and show what came out. What was made since `began` is not made again, even if forced."""
-    if one.runs:
-        printout.show_plan(one)
-    artifacts = run_plan(one.plan, one.composition.recipe, one.store, open_display(), command, began)
-    printout.show_result(one, artifacts)
-    return artifacts

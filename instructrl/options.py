@@ -48,4 +48,8 @@ Force = Annotated[
     ),
 ]
 Multirun = Annotated[bool, typer.Option("--multirun", "-m", help="Run every combination of KEY=A,B values.")]
+Jobs = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="Run so many independent stages side by side (runtime.jobs=N)."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -3,7 +3,7 @@
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, QuotedString, Transformer
+from hydra.core.override_parser.types import Override, QuotedString, RangeSweep, Transformer
 from hydra.errors import HydraException
 
 from instructrl.errors import UserError
@@ -14,13 +14,22 @@ from instructrl.recipe_files import Location, RecipeFiles, is_recipe
 def sweep_values(override: Override, argument: str) -> list[tuple[str, Any]]:
     """The values of a sweep, as Hydra's --multirun makes them: each spelt for an override, and itself.
 
+    Hydra adds up the steps of range(0.1,0.4,0.1) and so comes to 0.30000000000000004, which would be made as another
+    artifact than 0.3, and to 0.4: here twelve digits count, and the end is left out.
+
     Raises:
-        UserError: they cannot be listed: glob() and interval().
+        UserError: they cannot be listed: glob() and interval(); or there is none.
     """
     try:
         values = list(override.sweep_iterator())
     except HydraException as error:  # glob() makes sense only for groups
         raise UserError(f"{argument}: {str(error).splitlines()[0]}.") from None
+    swept = override.value()
+    if isinstance(swept, RangeSweep):
+        values = [float(f"{value:.12g}") if isinstance(value, float) else value for value in values]
+        values = [value for value in values if value != swept.stop]
+    if not values:
+        raise UserError(f"{argument}: there is no value in it.")
     return [(Transformer.str(value), value.text if isinstance(value, QuotedString) else value) for value in values]
 
 

@@ -1,7 +1,8 @@
 """What the commands print: plans, artifacts, the five-model table, a sweep's summary."""
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,10 @@ from instructrl.errors import UserError
 from instructrl.plan import StagePlan
 
 if TYPE_CHECKING:
+    from instructrl.graph import Node, Place
     from instructrl.jobs import Job
+
+MOST_SHOWN = 20  # jobs of a sweep whose stages are listed before it runs
 
 
 def recipe_as_yaml(recipe: Recipe) -> str:
@@ -55,6 +59,27 @@ def show_plan(job: "Job") -> None:
     seconds = sum(estimate.seconds for estimate in known)
     estimate = f", about {duration(seconds)} by {by}" if len(known) == len(running) else ""
     print(f"{len(running)} of {len(job.plan)} stages to run{estimate}.", flush=True)
+
+
+def show_work(planned: Sequence["Job"], nodes: "Mapping[Place, Node]") -> None:
+    """What a run is about to do: the plan of one job; of a sweep, under each job what no job before it makes."""
+    if len(planned) == 1:
+        if planned[0].runs:
+            show_plan(planned[0])
+        return
+    running = [node for node in nodes.values() if node.step.runs]
+    for position, job in enumerate(planned[:MOST_SHOWN]):
+        heading(job, position, len(planned))
+        for node in running:
+            if node.wanted_by[0] == position:
+                print(f"run   {node.step.stage.name:<12}  {node.step.fingerprint}  {', '.join(node.step.why)}".rstrip())
+    if len(planned) > MOST_SHOWN:
+        print(f"\nand {len(planned) - MOST_SHOWN} more; --dry-run shows all.")
+    total = sum(len(job.plan) for job in planned)
+    jobs = planned[0].composition.recipe.runtime.jobs
+    side = f", up to {jobs} side by side" if jobs > 1 and len(running) > 1 else ""
+    print(f"\n{len(planned)} jobs of {total} stages, {len(nodes)} of them different: {len(running)} to run{side}.")
+    sys.stdout.flush()
 
 
 def verdict(step: StagePlan) -> str:
@@ -224,11 +249,6 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], left: int
 def heading(job: "Job", position: int, total: int) -> None:
     """The line above a job of a sweep."""
     print(f"\n[{position + 1}/{total}] {' '.join(job.arguments)}", flush=True)
-
-
-def failed(error: UserError) -> None:
-    """A failed job of a sweep, which goes on with the next."""
-    print(f"Error: {error}", flush=True)
 
 
 def show_sweep(finished: Sequence[tuple["Job", dict[str, Artifact]]], failed_jobs: Sequence["Job"]) -> None:

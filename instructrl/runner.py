@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from graphlib import TopologicalSorter
@@ -18,15 +18,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from instructrl import __version__
-from instructrl.artifacts import ERROR, LOG, ORDER, RESULT, Artifact, Store, read_json, write_atomically
-from instructrl.config import Recipe
+from instructrl import __version__, memory
+from instructrl.artifacts import ERROR, LOG, ORDER, RESULT, Artifact, read_json, write_atomically
 from instructrl.display import Display
 from instructrl.errors import StageFailed, UserError
 from instructrl.failure import cause, oom_kills, writing
+from instructrl.graph import Node, Place
 from instructrl.launch import environment
 from instructrl.packages import packages
-from instructrl.plan import StagePlan, checkpoint_steps, continues, origin
+from instructrl.plan import checkpoint_steps, continues, origin
 from instructrl.progress import read_progress
 
 SAVED_AND_STOPPED = 75  # sysexits.h EX_TEMPFAIL: the stage was asked to stop, saved a checkpoint and left
@@ -42,113 +42,154 @@ class Stopped(UserError):
         self.exit_code = 128 + signal_number
 
 
-def run_plan(
-    plan: Sequence[StagePlan],
-    recipe: Recipe,
-    store: Store,
-    display: Display,
-    command: Sequence[str] = ("instructrl",),
-    began: float | None = None,
-) -> dict[str, Artifact]:
-    """Run what the plan says must run. Returns every artifact of the plan that exists afterwards.
+class Run:
+    """A graph of stages as it is being run: one thread a running stage, which waits for the stage's process.
 
     Args:
+        nodes: what there is and what is to be made, upstream first.
+        display: shows it.
         command: what was typed, for the message that says how to go on.
         began: when it was typed, in seconds since the epoch; what was made since is not made again, even if forced.
-
-    Raises:
-        UserError: the recipe or its data is wrong, as a stage found out.
-        StageFailed: a stage's process ended with an error; the stages beside it were allowed to finish.
-        Stopped: on SIGINT, SIGTERM or SIGHUP.
+        jobs: how many stages may run side by side.
+        memory_limit: bytes that stages side by side may take together; None: what is free.
+        sweep: a stage that fails keeps only what builds on it from running.
     """
-    run = Run(plan, recipe, store, display, command, time.time() if began is None else began)
-    try:
-        with run.signals(), display:
-            run.loop()
-    finally:
-        with suppress(OSError):  # it is of use to the next plan only
-            store.remember(recipe.name, {p.stage.name: p.key for p in plan if p.stage.name in run.artifacts})
-    run.conclude()
-    return run.artifacts
-
-
-class Run:
-    """A plan as it is being run: one thread a running stage, which waits for the stage's process."""
 
     def __init__(
         self,
-        plan: Sequence[StagePlan],
-        recipe: Recipe,
-        store: Store,
+        nodes: Mapping[Place, Node],
         display: Display,
-        command: Sequence[str],
-        began: float,
+        command: Sequence[str] = ("instructrl",),
+        began: float | None = None,
+        jobs: int = 1,
+        memory_limit: int | None = None,
+        sweep: bool = False,
     ) -> None:
-        self.plan = {step.stage.name: step for step in plan}
-        self.recipe, self.store, self.display, self.command = recipe, store, display, command
-        self.artifacts = {step.stage.name: step.artifact for step in plan if step.artifact and not step.runs}
-        self.failures: dict[str, Exception] = {}
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.nodes, self.display, self.command, self.jobs, self.sweep = nodes, display, command, jobs, sweep
+        self.memory_limit = memory_limit
+        self.artifacts = {p: n.step.artifact for p, n in nodes.items() if n.step.artifact and not n.step.runs}
+        self.failures: dict[Place, Exception] = {}
+        self.processes: dict[Place, subprocess.Popen[bytes]] = {}
         self.guard = threading.Lock()  # a process is either started before a stop, and gets its signal, or not at all
         self.stop_signal = 0
-        self.began = began
+        self.began = time.time() if began is None else began
+        self.gauge = memory.Gauge()
+        self.peaks: dict[str, int] = {}  # stage -> bytes that it took in this run
+        self.told: set[Place] = set()  # of which was said that they wait for memory
+
+    def run(self) -> None:
+        """Run all that is to be made. Afterwards `artifacts` has what there is, and `failures` what failed."""
+        with self.signals(), self.display:
+            self.loop()
 
     def loop(self) -> None:
-        """Start each stage once those it needs are done, `runtime.jobs` at a time, until all are done or one failed."""
-        names = [name for name, step in self.plan.items() if step.runs]
-        sorter = TopologicalSorter({name: set(self.plan[name].stage.needs) & {*names} for name in names})
+        """Start each stage once those it needs are done, `jobs` at a time, until all are done or one failed."""
+        places = [place for place, node in self.nodes.items() if node.step.runs]
+        order = {place: position for position, place in enumerate(places)}
+        sorter = TopologicalSorter({place: {*self.nodes[place].needs.values()} & order.keys() for place in places})
         sorter.prepare()
-        ready: list[str] = []
+        ready: list[Place] = []
         announced = False
-        futures: dict[Future[Artifact], str] = {}
-        with ThreadPoolExecutor(self.recipe.runtime.jobs) as threads:
+        futures: dict[Future[Artifact], Place] = {}
+        with ThreadPoolExecutor(self.jobs) as threads:
             while True:
                 ready += sorter.get_ready() if sorter.is_active() else ()
-                while ready and len(futures) < self.recipe.runtime.jobs and not self.failures and not self.stop_signal:
-                    name = min(ready, key=names.index)
-                    ready.remove(name)
-                    futures[threads.submit(self.build, self.plan[name])] = name
+                ready.sort(key=order.__getitem__)
+                while ready and len(futures) < self.jobs and not self.stop_signal:
+                    if (self.failures and not self.sweep) or not self.has_room(ready[0], list(futures.values())):
+                        break
+                    beside = min(self.jobs, len(futures) + len(ready))
+                    place = ready.pop(0)
+                    futures[threads.submit(self.build, self.nodes[place], max(1, self.jobs // beside))] = place
                 if not futures:
                     return
                 for future in wait(futures, POLL_SECONDS, FIRST_COMPLETED).done:
-                    name = futures.pop(future)
-                    error = future.exception()
-                    if error is None:
-                        self.artifacts[name] = future.result()
-                        self.store.remember(self.recipe.name, {name: self.plan[name].key})
-                        sorter.done(name)
-                    elif isinstance(error, OSError):
-                        self.failures[name] = StageFailed(f"{name} {writing(error, self.store.root)}.")
-                    elif isinstance(error, Exception):
-                        self.failures[name] = error
+                    place = futures.pop(future)
+                    self.settle(place, future)
+                    if place in self.artifacts:
+                        sorter.done(place)
                 if self.stop_signal and not announced:  # not in the handler: it may interrupt a print
                     announced = True
                     self.display.say("Stopping: waiting for the stages to save. A second signal kills them.")
-                for name in futures.values():
-                    snapshot = read_progress(self.store.partial(name, self.plan[name].key))
-                    if snapshot:
-                        self.display.update(name, snapshot)
+                self.look(futures.values())
 
-    def build(self, step: StagePlan) -> Artifact:
-        """Make one stage's artifact, or take the one that another process has just made."""
+    def settle(self, place: Place, future: Future[Artifact]) -> None:
+        """Note how a stage ended."""
+        node, error = self.nodes[place], future.exception()
+        if error is None:
+            self.artifacts[place] = future.result()
+            node.store.remember(node.recipe.name, {node.step.stage.name: node.step.key})
+        elif isinstance(error, OSError):
+            self.failures[place] = StageFailed(f"{node.label} {writing(error, node.store.root)}.")
+        elif isinstance(error, Exception):
+            self.failures[place] = error
+        if self.sweep and place in self.failures and not self.stop_signal:
+            self.display.say(f"Error: {self.failures[place]}")
+
+    def look(self, running: Iterable[Place]) -> None:
+        """See how far the running stages are, and how much memory they take."""
+        self.measure()
+        for place in running:
+            node = self.nodes[place]
+            snapshot = read_progress(node.store.partial(node.step.stage.name, node.step.key))
+            if snapshot:
+                self.display.update(node.label, snapshot)
+
+    def measure(self) -> None:
+        """Measure the memory of what runs."""
+        with self.guard:
+            pids = [process.pid for process in self.processes.values()]
+        self.gauge.measure(pids)
+
+    def has_room(self, place: Place, running: Sequence[Place]) -> bool:
+        """Whether the machine has memory for the stage beside those that run; alone it always has."""
+        if not running:
+            return True
+        self.measure()
+        with self.guard:
+            now = {other: self.gauge.now.get(process.pid, 0) for other, process in self.processes.items()}
+        needed = self.expected(place)
+        beside = [(self.expected(other), now.get(other, 0)) for other in running]
+        if memory.fits(needed, memory.available(), beside, self.memory_limit):
+            return True
+        if place not in self.told:
+            self.told.add(place)
+            label = self.nodes[place].label
+            self.display.say(f"{label}: waits for memory; it is expected to take {needed / 1e9:.2g} GB")
+        return False
+
+    def expected(self, place: Place) -> int:
+        """Bytes that the stage is expected to take at most; 0 if nothing is known."""
+        node = self.nodes[place]
+        made = (self.artifacts[need].made for need in node.needs.values() if need in self.artifacts)
+        estimate = node.step.estimate.memory if node.step.estimate else None
+        return memory.expected(node.step.stage.name, (one.get("memory", 0) for one in made), self.peaks, estimate)
+
+    def build(self, node: Node, jobs: int) -> Artifact:
+        """Make one stage's artifact, or take the one that another process has just made.
+
+        Args:
+            jobs: `runtime.jobs` for the stage itself: the processes in which it samples are so many.
+        """
+        step, store, label = node.step, node.store, node.label
         name, key = step.stage.name, step.key
-        inputs = {need: self.artifacts[need] for need in step.stage.needs}
+        inputs = {need: self.artifacts[place] for need, place in node.needs.items()}
         digests = {need: artifact.digest for need, artifact in inputs.items()}
-        partial = self.store.partial(name, key)
+        partial = store.partial(name, key)
 
         def waiting() -> None:
-            self.display.say(f"{name}: another process is making it; waiting")
+            self.display.say(f"{label}: another process is making it; waiting")
 
-        with self.store.lock(name, key, waiting, stop=lambda: bool(self.stop_signal)) as lock:
+        with store.lock(name, key, waiting, stop=lambda: bool(self.stop_signal)) as lock:
             if lock is None:
-                raise StageFailed(f"{name}: stopped while waiting for another process.")
-            there = self.store.find(name, key)
+                raise StageFailed(f"{label}: stopped while waiting for another process.")
+            there = store.find(name, key)
             if there and there.inputs == digests:
                 if there.made.get("published", 0) > self.began:
-                    self.display.say(f"{name}: made meanwhile")
+                    self.display.say(f"{label}: made meanwhile")
                     return there
                 if not step.forced:  # upstream was built again and came out the same, to the bit
-                    self.display.say(f"{name}: still good, what it was made from came out the same")
+                    self.display.say(f"{label}: still good, what it was made from came out the same")
                     return there
             begun = read_json(partial / ORDER)
             if not continues(begun, inputs, step.forced):
@@ -157,50 +198,54 @@ class Run:
             partial.mkdir(parents=True, exist_ok=True)
             order: dict[str, Any] = begun
             if not (partial / RESULT).exists():  # else an orphan finished the work after its runner was killed
+                recipe = node.recipe.model_dump(mode="json")
+                recipe["runtime"]["jobs"] = jobs
                 order = {
                     "stage": name,
                     "module": step.stage.module or name,
-                    "recipe": self.recipe.model_dump(mode="json"),
+                    "recipe": recipe,
                     "inputs": {need: str(artifact.path) for need, artifact in inputs.items()},
                     **origin(inputs),
                     "forced": step.forced,
                     "spent": begun.get("spent", 0.0),  # seconds, by earlier attempts
+                    "memory": begun.get("memory", 0),  # bytes, by the hungriest of them
                     "started": time.time(),
                 }
                 write_atomically(partial / ORDER, json.dumps(order, indent=2))
                 (partial / ERROR).unlink(missing_ok=True)
-                self.process(step, partial, order, lock)
-            self.check_inputs(step, inputs, partial)
+                self.process(node, partial, order, lock)
+            self.check_inputs(node, inputs, partial)
             spent = order["spent"] + max(0.0, (partial / RESULT).stat().st_mtime - order["started"])
             metrics = read_json(partial / RESULT)
-            artifact = self.store.publish(name, key, digests, made(spent, self.command), metrics)
-        self.display.end(name, spent, metrics)
+            how = made(spent, self.command) | ({"memory": order["memory"]} if order.get("memory") else {})
+            artifact = store.publish(name, key, digests, how, metrics)
+        self.display.end(label, spent, metrics)
         return artifact
 
-    def check_inputs(self, step: StagePlan, inputs: dict[str, Artifact], partial: Path) -> None:
+    def check_inputs(self, node: Node, inputs: dict[str, Artifact], partial: Path) -> None:
         """See that what the stage was made from is still what it was when the stage began.
 
         Raises:
             StageFailed: it is not. What the stage made is thrown away.
         """
         for need, artifact in inputs.items():
-            there, damage = self.store.look(need, artifact.key)
+            there, damage = node.store.look(need, artifact.key)
             if damage or (there and there.digest != artifact.digest):
                 shutil.rmtree(partial, ignore_errors=True)
                 what = damage or "it was made again and came out otherwise"
                 raise StageFailed(
-                    f"{step.stage.name}: the artifact of {need} changed meanwhile ({what}), so what was made from it "
+                    f"{node.label}: the artifact of {need} changed meanwhile ({what}), so what was made from it "
                     "is thrown away."
                 )
 
-    def process(self, step: StagePlan, partial: Path, order: dict, lock: int) -> None:
+    def process(self, node: Node, partial: Path, order: dict, lock: int) -> None:
         """Run the stage's process to its end.
 
         Raises:
             UserError: the stage says that the recipe or the data is wrong.
             StageFailed: it ended otherwise than by finishing.
         """
-        name, log, kills = step.stage.name, partial / LOG, oom_kills()
+        name, log, kills = node.label, partial / LOG, oom_kills()
         with log.open("ab") as output:
             begin = output.tell()
             with self.guard:
@@ -211,26 +256,29 @@ class Run:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    env=environment(self.recipe),
+                    env=environment(node.recipe),
                     start_new_session=True,  # the terminal's Ctrl-C reaches the runner only, which passes it on once
                     pass_fds=[lock],
                 )
-                self.processes[name] = process
+                self.processes[node.place] = process
         self.display.start(name, log)
-        code = process.wait()
+        code, peak = waited(process)
         with self.guard:
-            del self.processes[name]
+            del self.processes[node.place]
+        peak = max(peak, self.gauge.peak.pop(process.pid, 0))
+        order["memory"] = max(peak, order["memory"])
+        self.peaks[node.step.stage.name] = max(peak, self.peaks.get(node.step.stage.name, 0))
         if code == 0 and (partial / RESULT).exists():
             return
         self.display.drop(name)
         order["spent"] += time.time() - order["started"]
         with suppress(OSError):  # the disk may be what failed
             write_atomically(partial / ORDER, json.dumps(order | {"started": time.time()}, indent=2))
-        raise self.failure(step, partial, code, begin, starved=oom_kills() > kills)
+        raise self.failure(node, partial, code, begin, starved=oom_kills() > kills)
 
-    def failure(self, step: StagePlan, partial: Path, code: int, begin: int, starved: bool) -> UserError:
+    def failure(self, node: Node, partial: Path, code: int, begin: int, starved: bool) -> UserError:
         """What to tell about a process that ended with this status, and whether to keep what it left."""
-        name, said = step.stage.name, read_json(partial / ERROR)
+        name, said = node.label, read_json(partial / ERROR)
         steps = checkpoint_steps(partial)
         if said.get("exit_code") == UserError.exit_code:
             if not steps:
@@ -240,18 +288,26 @@ class Run:
             saved = f"saved at step {max(steps)}" if steps else "had nothing to save yet"
             return StageFailed(f"{name} was stopped and {saved}.")
         lines = tail(partial / LOG, begin)
-        told = cause(said, code, lines, starved, name, self.recipe, partial)
+        told = cause(said, code, lines, starved, node.step.stage.name, node.recipe, partial)
         shown = "".join(f"\n  | {line}" for line in lines)
         return StageFailed(f"{name} {told.rstrip('.')}.{shown}\nIts log: {partial / LOG}")
 
     def conclude(self) -> None:
-        """Say what went wrong, if anything did."""
+        """Say what went wrong, if anything did.
+
+        Raises:
+            UserError: the recipe or its data is wrong, as a stage found out.
+            StageFailed: a stage's process ended with an error; the stages beside it were allowed to finish.
+            Stopped: on SIGINT, SIGTERM or SIGHUP.
+        """
         sentences = list(dict.fromkeys(str(error) for error in self.failures.values()))
         if self.stop_signal:
             raise Stopped("\n".join([*sentences, f"Go on with: {self.again()}"]), self.stop_signal)
         for error in self.failures.values():
             if not isinstance(error, UserError):
                 raise error
+        if self.sweep:  # each was told when it happened
+            return
         if any(isinstance(error, StageFailed) for error in self.failures.values()):
             raise StageFailed("\n".join([*sentences, f"Go on with: {self.again()}"]))
         if sentences:
@@ -265,7 +321,8 @@ class Run:
                 skip = word == "--force" and not skip
                 continue
             words.append(word)
-        waiting = [name for name, step in self.plan.items() if step.forced and step.artifact and name in self.failures]
+        steps = (self.nodes[place].step for place in self.failures)
+        waiting = [step.stage.name for step in steps if step.forced and step.artifact]
         return shlex.join([*words, *(f"--force={name}" for name in waiting[:1])])
 
     @contextmanager
@@ -292,6 +349,16 @@ class Run:
                     os.killpg(process.pid, signal.SIGKILL if again else signal.SIGTERM)
                 except ProcessLookupError:  # it has just ended
                     continue
+
+
+def waited(process: subprocess.Popen[bytes]) -> tuple[int, int]:
+    """The status of a process that has ended, and the resident bytes that it, or one that it started, had at most."""
+    try:
+        _, status, usage = os.wait4(process.pid, 0)
+    except ChildProcessError:  # someone else has waited for it
+        return process.wait(), 0
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def made(seconds: float, command: Sequence[str]) -> dict:

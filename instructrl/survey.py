@@ -15,11 +15,12 @@ NEWEST = 20  # of a stage's artifacts, that are read for an estimate of its time
 
 @dataclass(frozen=True)
 class Estimate:
-    """How long a stage takes, by an artifact of an earlier run."""
+    """How long a stage takes, and how much memory, by an artifact of an earlier run."""
 
     seconds: float
     of: str  # the artifact's fingerprint
     same_recipe: bool
+    memory: int | None = None  # bytes that it took at most
 
 
 class Survey(Store):
@@ -84,8 +85,9 @@ class Survey(Store):
         """
         if (recipe, stage) not in self.estimates:
             last = self.latest(recipe).get(stage)
-            mine = self.seconds_of(stage, fingerprint(last)) if last else None
-            found = Estimate(mine, fingerprint(last), True) if last and mine is not None else None
+            made = self.made(stage, fingerprint(last)) if last else {}
+            mine = made.get("seconds")
+            found = Estimate(mine, fingerprint(last), True, made.get("memory")) if last and mine is not None else None
             self.estimates[recipe, stage] = found or self.most_like(stage, key)
         return self.estimates[recipe, stage]
 
@@ -95,17 +97,18 @@ class Survey(Store):
         best, least = None, None
         for name in newest(self.root / stage, NEWEST):
             manifest = read_json(self.root / stage / name / MANIFEST)
-            seconds, theirs = manifest.get("made", {}).get("seconds"), manifest.get("key")
+            made, theirs = manifest.get("made", {}), manifest.get("key")
+            seconds = made.get("seconds")
             if seconds is None or not isinstance(theirs, dict):
                 continue
             apart = len(wanted.symmetric_difference(settings(theirs)))
             if least is None or apart < least:
-                best, least = Estimate(seconds, name, False), apart
+                best, least = Estimate(seconds, name, False, made.get("memory")), apart
         return best
 
-    def seconds_of(self, stage: str, name: str) -> float | None:
-        """How long it took to make the artifact of this fingerprint."""
-        return read_json(self.root / stage / name / MANIFEST).get("made", {}).get("seconds")
+    def made(self, stage: str, name: str) -> dict[str, Any]:
+        """How the artifact of this fingerprint came about; {} if there is none."""
+        return read_json(self.root / stage / name / MANIFEST).get("made", {})
 
 
 def settings(key: dict[str, Any]) -> list[tuple[str, str]]:

@@ -4,11 +4,15 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import Instructrl, ran, until
+
+from instructrl import memory
+from instructrl.points import choices
 
 Spawn = Callable[..., subprocess.Popen[str]]
 
@@ -321,3 +325,126 @@ def test_failed_job_of_a_sweep_leaves_the_others(here: Path, instructrl: Instruc
     assert result.code == 1
     assert "2 of 2 jobs failed" in result.err
     assert ran(here).count("ppo from 0") == 2
+
+
+def waiting_at_once(here: Path, stage: str, most: int) -> Callable[[], bool]:
+    """Whether so many of the stage's processes have begun; none ends before the file `go` is there."""
+    return lambda: (here / "ran.log").exists() and (here / "ran.log").read_text().count(f"{stage} from 0") >= most
+
+
+def test_points_of_a_sweep_run_side_by_side_and_share_what_is_equal(here: Path, spawn: Spawn) -> None:
+    write_script(here, ppo={"until": "go"})
+    process = spawn("ppo", "recipe=base.yaml", "ppo.kl_coef=0.01,0.02,0.03", "-m", "--jobs", "2")
+    until(waiting_at_once(here, "ppo", 2))  # in vain if one waited for the other
+    assert ran(here) == ["data from 0", "sft from 0", "ppo from 0", "ppo from 0"]
+    (here / "go").touch()
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert ran(here) == ["ppo from 0"]
+    assert "3 jobs of 9 stages, 5 of them different: 5 to run, up to 2 side by side." in out
+    assert "ppo [3/3]: done" in out
+
+
+def test_two_sweeps_at_once_build_what_they_share_once(here: Path, spawn: Spawn) -> None:
+    write_script(here, data={"until": "go"}, ppo={"until": "go"})
+    first = spawn("ppo", "recipe=base.yaml", "ppo.kl_coef=0.01,0.02", "-m", "--jobs=2")
+    until(step_reached(here, "data", 1))
+    second = spawn("ppo", "recipe=base.yaml", "ppo.kl_coef=0.02,0.03", "-m", "--jobs=2")
+    assert "data [1/2]: another process is making it; waiting" in reads(second, "waiting")
+    (here / "go").touch()
+    for process in (first, second):
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        assert out.count(" done ") >= 2
+    assert sorted(ran(here)) == ["data from 0", "ppo from 0", "ppo from 0", "ppo from 0", "sft from 0"]
+    assert len(list(here.glob("artifacts/ppo/*/manifest.json"))) == 3
+
+
+def test_a_stage_waits_for_memory(here: Path, spawn: Spawn, instructrl: Instructrl, fakes: None) -> None:
+    assert instructrl("ppo", "recipe=base.yaml").code == 0
+    [known] = here.glob("artifacts/ppo/*/manifest.json")
+    took = json.loads(known.read_text())["made"]["memory"]  # bytes
+    assert 10e6 < took < 1e9
+    ran(here)
+    write_script(here, ppo={"until": "go"})
+    for limit, most in ((1.5 * took / 1e9, 1), (3 * took / 1e9, 2)):
+        memory = f"runtime.memory_gb={limit:.6f}"
+        process = spawn("ppo", "recipe=base.yaml", f"ppo.kl_coef={most},{most}.5", "-m", "--jobs=2", memory)
+        until(waiting_at_once(here, "ppo", most))
+        if most == 1:
+            assert "ppo [2/2]: waits for memory; it is expected to take" in reads(process, "waits for memory")
+        assert ran(here) == ["ppo from 0"] * most
+        (here / "go").touch()
+        _, err = process.communicate(timeout=30)
+        assert process.returncode == 0, err
+        assert ran(here) == ["ppo from 0"] * (2 - most)
+        (here / "go").unlink()
+
+
+@pytest.mark.parametrize(
+    ("needed", "free", "running", "limit", "there_is"),
+    [
+        (4, 4, [], None, True),
+        (5, 4, [], None, False),
+        (4, 9, [(6, 1)], None, True),  # the other will take 5 more of the 9
+        (4, 8, [(6, 1)], None, False),
+        (4, 4, [(6, 7)], None, True),  # it has taken more than was expected, and is no longer growing
+        (4, 99, [(6, 1)], 10, True),
+        (4, 99, [(6, 1)], 9, False),
+        (4, 99, [(2, 7)], 10, False),
+        (0, 0, [(0, 5)], None, True),  # nothing known
+    ],
+)
+def test_room_beside_others(
+    needed: int, free: int, running: list[tuple[int, int]], limit: int | None, there_is: bool
+) -> None:
+    assert memory.fits(needed, free, running, limit) is there_is
+
+
+def test_memory_that_a_stage_is_expected_to_take() -> None:
+    assert memory.expected("ppo", [3, 4], {"ppo": 5, "sft": 9}, 6) == 5  # in this run
+    assert memory.expected("ppo", [3, 4], {"sft": 9}, 6) == 6  # in an earlier one
+    assert memory.expected("ppo", [3, 4], {}, None) == 7  # what it is made from
+
+
+def test_memory_of_a_process_and_what_it_starts() -> None:
+    script = "import subprocess, sys; held = b'x' * 50_000_000; print(flush=True); "
+    inner = f"[sys.executable, '-c', {script + 'sys.stdin.read()'!r}]"
+    command = [sys.executable, "-c", f"{script}subprocess.run({inner}, stdin=0)"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.readline()
+        process.stdout.readline()  # of the one that it started
+        assert 100e6 < memory.resident(process.pid) < 250e6
+        process.communicate()
+    assert memory.resident(process.pid) == 0
+
+
+def test_ranges_and_lists_of_several_keys(instructrl: Instructrl) -> None:
+    sweep = ("seed=range(1,3)", "ppo.kl_coef=range(0.1,0.4,0.1)", "label.labelers=3,5", "name=choice(a,b)")
+    found = json.loads(instructrl("plan", "recipe=base.yaml", *sweep, "-m", "--json").out)
+    assert len(found) == 2 * 3 * 2 * 2  # 0.4 is not in the range
+    assert found[0]["arguments"][1:] == ["seed=1", "ppo.kl_coef=0.1", "label.labelers=3", "name=a"]
+    assert found[-1]["arguments"][1:] == ["seed=2", "ppo.kl_coef=0.3", "label.labelers=5", "name=b"]
+    assert len({stage["fingerprint"] for job in found for stage in job["stages"] if stage["stage"] == "ppo"}) == 12
+
+
+@pytest.mark.parametrize(
+    ("sweep", "values"),
+    [
+        ("ppo.kl_coef=range(0.1,0.4,0.1)", [0.1, 0.2, 0.3]),  # Hydra: 0.30000000000000004 and 0.4
+        ("ppo.kl_coef=range(0.3,0,-0.1)", [0.3, 0.2, 0.1]),
+        ("ppo.kl_coef=range(1,2,0.25)", [1.0, 1.25, 1.5, 1.75]),
+        ("seed=range(3)", [0, 1, 2]),
+        ("seed=range(4,1,-2)", [4, 2]),
+        ("seed=sort(3,1,2)", [1, 2, 3]),
+        ("name=1e-4,other", [1e-4, "other"]),
+    ],
+)
+def test_values_of_a_sweep(sweep: str, values: list[object]) -> None:
+    assert [choice.value for choice in choices(sweep)] == values
+
+
+def test_a_sweep_without_a_value_is_refused(instructrl: Instructrl) -> None:
+    refused = instructrl("run-all", "recipe=base.yaml", "seed=range(3,3)", "-m")
+    assert (refused.code, refused.err) == (2, "Error: seed=range(3,3): there is no value in it.\n")
