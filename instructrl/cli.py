@@ -10,6 +10,7 @@ import typer
 from instructrl import __version__, housekeeping
 from instructrl.errors import UserError
 from instructrl.options import STAGES, DryRun, Force, Jobs, Json, Multirun, Overrides, complete_stage
+from instructrl.reporting import commands as reporting
 
 SOMETHING_TO_RUN = 3  # the status of `plan --check`; 1 and 2 are errors
 
@@ -85,6 +86,7 @@ def show(
 
 
 housekeeping.add(app)
+reporting.add(app)
 
 
 def stage_command(name: str) -> Callable[..., None]:

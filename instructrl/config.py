@@ -334,6 +334,10 @@ class RewardModel(Section):
     """Prompts an optimizer step, each with all its completions."""
     epochs: PositiveFloat = 1
     """More than one overfits (App. C.2)."""
+    shuffle_pairs: bool = False
+    """Train on all pairs of all rankings, shuffled, as if each were a ranking of two: what the paper gave up, since it
+    overfits in one pass (3.5). A step has as many pairs as `batch_size` rankings have on average, to a whole multiple.
+    """
     adam_beta2: Share = 0.95
     muon_learning_rate: PositiveFloat | None = None
     """As `sft.muon_learning_rate`."""

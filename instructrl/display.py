@@ -25,6 +25,9 @@ class Display(Protocol):
     def update(self, stage: str, snapshot: Snapshot) -> None:
         """How far it is."""
 
+    def refresh(self) -> None:
+        """Called a few times a second."""
+
     def end(self, stage: str, seconds: float, metrics: dict[str, Any]) -> None:
         """Its artifact is there."""
 
@@ -68,6 +71,9 @@ class Plain:
         parts = [f"step {snapshot.step} of {snapshot.total}", left, numbers(snapshot.numbers)]
         self.say(f"{stage}: {', '.join(part for part in parts if part)}")
 
+    def refresh(self) -> None:
+        """Nothing: a line stays as it is."""
+
     def end(self, stage: str, seconds: float, metrics: dict[str, Any]) -> None:
         """`sft: done in 1 min 5 s, loss 2.31`."""
         self.last.pop(stage, None)
@@ -84,7 +90,10 @@ class Plain:
 
 
 class Live:
-    """A line for each running stage: a bar, the step, the time left, and the numbers that matter."""
+    """A line for each running stage: a bar, the step, the time left, and the numbers that matter.
+
+    Rich's own thread is not used: one that redraws while another prints now and then erases a line above.
+    """
 
     def __init__(self) -> None:
         from rich.progress import BarColumn, Progress, TextColumn
@@ -95,8 +104,10 @@ class Live:
             TextColumn("{task.fields[where]}"),
             TextColumn("{task.fields[left]}"),
             TextColumn("{task.fields[numbers]}"),
+            auto_refresh=False,
         )
         self.tasks: dict[str, Any] = {}
+        self.guard = threading.RLock()
 
     def __enter__(self) -> Self:
         self.progress.start()
@@ -109,7 +120,9 @@ class Live:
 
     def start(self, stage: str, log: Path) -> None:
         """A new line; its bar pulses until the first step."""
-        self.task(stage)
+        with self.guard:
+            self.task(stage)
+            self.progress.refresh()
 
     def task(self, stage: str) -> Any:
         """The stage's line."""
@@ -120,28 +133,38 @@ class Live:
     def update(self, stage: str, snapshot: Snapshot) -> None:
         """Move the bar."""
         left = f"{duration(snapshot.seconds_left)} left" if snapshot.seconds_left is not None else ""
-        self.progress.update(
-            self.task(stage),
-            total=snapshot.total or None,
-            completed=snapshot.step,
-            where=f"{snapshot.step}/{snapshot.total}",
-            left=left,
-            numbers=numbers(snapshot.numbers),
-        )
+        with self.guard:
+            self.progress.update(
+                self.task(stage),
+                total=snapshot.total or None,
+                completed=snapshot.step,
+                where=f"{snapshot.step}/{snapshot.total}",
+                left=left,
+                numbers=numbers(snapshot.numbers),
+            )
+
+    def refresh(self) -> None:
+        """Draw the lines as they are now."""
+        with self.guard:
+            self.progress.refresh()
 
     def end(self, stage: str, seconds: float, metrics: dict[str, Any]) -> None:
         """The line leaves, and a plain one stays above."""
-        self.drop(stage)
-        self.say(finished(stage, seconds, metrics))
+        with self.guard:
+            self.drop(stage)
+            self.say(finished(stage, seconds, metrics))
 
     def drop(self, stage: str) -> None:
         """The line leaves."""
-        if stage in self.tasks:
-            self.progress.remove_task(self.tasks.pop(stage))
+        with self.guard:
+            if stage in self.tasks:
+                self.progress.remove_task(self.tasks.pop(stage))
+                self.progress.refresh()
 
     def say(self, text: str) -> None:
         """A line above the moving ones."""
-        self.progress.console.print(text, markup=False, highlight=False)
+        with self.guard:
+            self.progress.console.print(text, markup=False, highlight=False)
 
 
 def finished(stage: str, seconds: float, metrics: dict[str, Any]) -> str:

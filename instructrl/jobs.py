@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from instructrl import printout, references
+from instructrl import overlay, printout, references
 from instructrl.artifacts import Artifact, Store
 from instructrl.display import open_display
 from instructrl.errors import StageFailed, UserError
@@ -82,6 +82,23 @@ def job(
     Args:
         surveys: output folder -> what other recipes of the sweep have read of it.
     """
+    made = plan_job(target, arguments, force, composition, surveys)
+    if any(step.runs and step.stage.name == "data" for step in made.plan):
+        try:
+            surveys[made.store.root].check_sources(composition.recipe)
+        except UserError as error:
+            raise UserError(sentence(f"{composition.where_named(str(error))}{error}")) from None
+    return made
+
+
+def plan_job(
+    target: str | None,
+    arguments: list[str],
+    force: Sequence[str],
+    composition: Composition,
+    surveys: dict[Path, Survey],
+) -> Job:
+    """One composed recipe, planned. Whether its sources can be read is not asked: nothing is about to run."""
     recipe = composition.recipe
     pipeline = stages(recipe)
     target = stage_name(target or LAST, list(pipeline))
@@ -93,13 +110,7 @@ def job(
     store = Store(Path(recipe.runtime.output_dir).expanduser())
     if store.root not in surveys:
         surveys[store.root] = Survey(store.root)
-    survey = surveys[store.root]
-    plan = make_plan(pipeline, recipe, [target], survey, forced, composition.where)
-    if any(step.runs and step.stage.name == "data" for step in plan):
-        try:
-            survey.check_sources(recipe)
-        except UserError as error:
-            raise UserError(sentence(f"{composition.where_named(str(error))}{error}")) from None
+    plan = make_plan(pipeline, recipe, [target], surveys[store.root], forced, composition.where)
     return Job(arguments, composition, target, plan, store, force)
 
 
@@ -131,7 +142,12 @@ def run(planned: list[Job], command: list[str]) -> None:
         return
     pairs = list(zip(planned, made, strict=True))
     failures = [one for one, artifacts in pairs if one.target not in artifacts]
-    printout.show_sweep([(one, artifacts) for one, artifacts in pairs if one.target in artifacts], failures)
+    finished = [(one, artifacts) for one, artifacts in pairs if one.target in artifacts]
+    printout.show_sweep(finished, failures)
+    try:
+        printout.show_figure(overlay.draw([(one, artifacts[one.target]) for one, artifacts in finished]))
+    except (StageFailed, OSError) as error:
+        print(f"Warning: {error}")
     if failures:
         raise StageFailed(f"{len(failures)} of {len(planned)} jobs failed; the same command goes on with them.")
 

@@ -28,7 +28,7 @@ TRL_STAGES = (
     "judge",
     "ppo_init",
 )  # TRL's trainer is their algorithm, and changes with its minor version
-ADDED = {"ppo": {"snapshots": 0}, "ppo_ptx": {"snapshots": 0}}
+ADDED = {"reward_model": {"shuffle_pairs": False}, "ppo": {"snapshots": 0}, "ppo_ptx": {"snapshots": 0}}
 """Keys that came after artifacts were made: at this value they compute what was computed without them, and are left
 out, so that those artifacts stay good."""
 MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")  # configuration, weights, tokenizer, code

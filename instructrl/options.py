@@ -14,7 +14,7 @@ STAGES = {  # as in `pipeline.NAMES`; importing that would import pydantic, whic
     "ppo_init": "the policy that PPO starts from, if not sft",
     "ppo": "the PPO policy",
     "ppo_ptx": "the PPO-ptx policy",
-    "eval": "win rates, the alignment tax and report.md",
+    "eval": "win rates, the alignment tax and the report",
 }
 
 

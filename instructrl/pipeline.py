@@ -84,7 +84,7 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
             reads=("model", "eval", "seed"),
             needs=("data", *base, "sft", *ranked, "reward_model", *judge, "ppo", "ppo_ptx"),
             version=4,
-            makes="win rates, the alignment tax and report.md",
+            makes="win rates, the alignment tax and the report",
         ),
     )
     left_out = {"pretrain", "label", "judge", "ppo_init"} - {*base, *ranked, *judge, *init}

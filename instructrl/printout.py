@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -62,24 +63,25 @@ def show_plan(job: "Job") -> None:
 
 
 def show_work(planned: Sequence["Job"], nodes: "Mapping[Place, Node]") -> None:
-    """What a run is about to do: the plan of one job; of a sweep, under each job what no job before it makes."""
+    """What a run is about to do: the plan of one job; of a sweep, under each job what it is the first to need."""
     if len(planned) == 1:
         if planned[0].runs:
             show_plan(planned[0])
         return
     running = [node for node in nodes.values() if node.step.runs]
     for position, job in enumerate(planned[:MOST_SHOWN]):
-        heading(job, position, len(planned))
-        for node in running:
-            if node.wanted_by[0] == position:
-                print(f"run   {node.step.stage.name:<12}  {node.step.fingerprint}  {', '.join(node.step.why)}".rstrip())
+        own = [node for node in running if node.wanted_by[0] == position]
+        if own:
+            heading(job, position, len(planned))
+        for node in own:
+            print(f"run   {node.step.stage.name:<12}  {node.step.fingerprint}  {', '.join(node.step.why)}".rstrip())
     if len(planned) > MOST_SHOWN:
         print(f"\nand {len(planned) - MOST_SHOWN} more; --dry-run shows all.")
     total = sum(len(job.plan) for job in planned)
     jobs = planned[0].composition.recipe.runtime.jobs
     side = f", up to {jobs} side by side" if jobs > 1 and len(running) > 1 else ""
     print(f"\n{len(planned)} jobs of {total} stages, {len(nodes)} of them different: {len(running)} to run{side}.")
-    sys.stdout.flush()
+    sys.stdout.flush()  # before what stages print
 
 
 def verdict(step: StagePlan) -> str:
@@ -210,7 +212,9 @@ def show_result(job: "Job", artifacts: dict[str, Artifact]) -> None:
         show_table(metrics.get("table"))
         show_table(metrics.get("use_case_table"))
         if (artifact.path / "report.md").exists():
-            print(f"The report: {artifact.path / 'report.md'}")
+            from instructrl.reporting import document
+
+            print(f"The report: {document.current(job.arguments, artifact)}")
     else:
         print(f"{job.target}: {artifact.path}")
 
@@ -264,6 +268,12 @@ def show_sweep(finished: Sequence[tuple["Job", dict[str, Artifact]]], failed_job
     rows += [[swept(job, constant), "failed", *("" for _ in names)] for job in failed_jobs]
     print()
     print_table(["job", every[0].target, *names], rows)
+
+
+def show_figure(path: Path | None) -> None:
+    """Where a sweep's figure is."""
+    if path:
+        print(f"The figure: {path} (and .svg; its numbers: {path.with_suffix('.json').name})")
 
 
 def swept(job: "Job", constant: set[str]) -> str:

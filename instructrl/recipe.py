@@ -151,20 +151,20 @@ def recipe_argument(arguments: list[str]) -> str:
 
 def find_recipe(name: str) -> Path:
     """The file of a shipped recipe's name, or of a path (has a slash or ends in .yaml)."""
+    known = recipe_names()
+    if name in known:
+        return shipped("recipes") / f"{name}.yaml"
     if "/" not in name and not name.endswith((".yaml", ".yml")):
-        path = shipped("recipes") / f"{name}.yaml"
-        if not path.is_file():
-            known = recipe_names()
-            close = closest(name, known)
-            there = f" There is a file {name}.yaml: recipe={name}.yaml." if Path(f"{name}.yaml").is_file() else ""
-            suggested = there or did_you_mean([close] if close else [])
-            raise UserError(f"There is no recipe {name!r}.{suggested} Shipped: {', '.join(known)}.")
-        return path
+        close = closest(name, known)
+        there = f" There is a file {name}.yaml: recipe={name}.yaml." if Path(f"{name}.yaml").is_file() else ""
+        suggested = there or did_you_mean([close] if close else [])
+        raise UserError(f"There is no recipe {name!r}.{suggested} Shipped: {', '.join(known)}.")
     path = Path(name).expanduser().resolve()
     if path.is_dir():
         raise UserError(f"recipe={name} is a folder; name a .yaml file in it.")
     if not path.is_file():
-        close = closest(path.name, [p.name for p in path.parent.glob("*.yaml")]) if path.parent.is_dir() else None
+        near = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else known
+        close = closest(name if near is known else path.name, near)
         raise UserError(f"There is no file {name}.{did_you_mean([close] if close else [])}")
     if path.suffix != ".yaml":
         raise UserError(f"recipe={name}: the name of a recipe file ends in .yaml.")

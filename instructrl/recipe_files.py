@@ -229,8 +229,10 @@ def shipped(folder: str) -> Path:
 
 
 def recipe_names() -> list[str]:
-    """The shipped recipes."""
-    return sorted(path.stem for path in shipped("recipes").glob("*.yaml"))
+    """The shipped recipes: `tiny`, and after them those in folders, `ablations/beta`."""
+    root = shipped("recipes")
+    names = (path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+    return sorted(names, key=lambda name: (name.count("/"), name))
 
 
 def is_recipe(name: str) -> bool:

@@ -134,6 +134,7 @@ class Run:
             snapshot = read_progress(node.store.partial(node.step.stage.name, node.step.key))
             if snapshot:
                 self.display.update(node.label, snapshot)
+        self.display.refresh()
 
     def measure(self) -> None:
         """Measure the memory of what runs."""

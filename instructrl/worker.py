@@ -1,7 +1,8 @@
 """The process of one stage: reads `order.json`, runs the stage's module, writes `result.json` last.
 
 `python -m instructrl.worker FOLDER` runs a stage; `python -m instructrl.worker --check` reads a recipe from stdin and
-lets the stages check their `trainer` mappings against TRL before anything trains; `--preview` tokenises examples.
+lets the stages check their `trainer` mappings against TRL before anything trains; `--preview` tokenises examples;
+`--overlay` draws the figure of a sweep.
 """
 
 import importlib
@@ -129,6 +130,12 @@ def preview() -> int:
     return 2 if "error" in found else 0
 
 
+def overlay() -> int:
+    """Draw the figure of the sweep that stdin tells of."""
+    print(json.dumps(stage_module("overlay").run(json.load(sys.stdin))))
+    return 0
+
+
 if __name__ == "__main__":
-    answers = {"--check": check, "--preview": preview}
+    answers = {"--check": check, "--preview": preview, "--overlay": overlay}
     leave(answers[sys.argv[1]]() if sys.argv[1] in answers else main(Path(sys.argv[1])))

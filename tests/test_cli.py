@@ -75,6 +75,8 @@ def test_help_names_every_command(instructrl: Instructrl) -> None:
         "verify",
         "logs",
         "clean",
+        "report",
+        "compare",
         *(name.replace("_", "-") for name in NAMES),
     ]
     assert "..." not in result.out.split("Commands:")[1]  # every line is whole

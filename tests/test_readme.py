@@ -54,7 +54,7 @@ def test_commands_plan(own_files: Path, instructrl: Instructrl, command: str) ->
 
 
 def test_every_command_and_recipe_is_named() -> None:
-    for name in ("run-all", *RUN_NOTHING, *(name.replace("_", "-") for name in NAMES)):
+    for name in ("run-all", *RUN_NOTHING, "report", "compare", *(name.replace("_", "-") for name in NAMES)):
         assert f"`{name}`" in README or f"`instructrl {name}" in README, name
     for name in recipe_names():
         assert f"| `{name}` |" in README

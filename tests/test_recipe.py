@@ -49,7 +49,7 @@ def test_shipped_default_recipe_is_tiny() -> None:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_shipped_recipes_compose(name: str) -> None:
-    assert load_recipe([f"recipe={name}"]).name == name
+    assert load_recipe([f"recipe={name}"]).name == name.rpartition("/")[2]
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in recipe_files.shipped("conf").glob("runtime/*.yaml")))

@@ -1,6 +1,7 @@
 """The reward-model stage: what it measures by hand, the bias, what is left out, and that it learns."""
 
 import json
+import math
 import random
 
 import pytest
@@ -14,6 +15,7 @@ from instructrl.stages.checkpoints import LOG
 from instructrl.stages.contract import Contract, Limits
 from instructrl.stages.pretrain import make_model, make_tokenizer
 from instructrl.stages.tables import DEMONSTRATIONS, RANKINGS, write_table
+from instructrl.trainers.losses import kwise_loss
 from instructrl.trainers.ranking import score
 
 GOOD, BAD, POOR = "yes gladly", "no never", "perhaps"
@@ -94,6 +96,34 @@ def test_it_learns_is_shifted_and_loads(sft, tmp_path, name):
     assert stock.config.num_labels == 1
     ids = torch.tensor([demonstrations[0]])
     assert stock(ids).logits.item() == pytest.approx(raw[0], abs=1e-5)
+
+
+def test_shuffled_pairs_are_rankings_of_two_in_as_many_steps(sft, tmp_path):
+    data = write(tmp_path / "data", [ranking(n) for n in range(40)], [ranking(n) for n in range(40, 60)])
+    (tmp_path / "made").mkdir()
+    asked = recipe(reward_model={"shuffle_pairs": True, "epochs": 1})
+    metrics = reward_model.run("reward_model", asked, {"data": data, "sft": sft}, tmp_path / "made")
+    pairs = sum(len(preferences.pairs(ranking(n)["ranks"])) for n in range(40))
+    assert metrics["rankings"] == 40
+    assert round(pairs / 40) == 2
+    assert metrics["steps"] == math.ceil(pairs / (4 * 2))  # 4 rankings a step
+    assert metrics["accuracy"] > 0.9
+
+
+def test_single_pairs_by_hand():
+    row = {"number": 7, "completion_ids": [[1], [2], [3]], "ranks": [2, 1, 2]}
+    assert reward_model.singles([row]) == [
+        {"number": 7, "completion_ids": [[2], [1]], "ranks": [1, 2]},
+        {"number": 7, "completion_ids": [[2], [3]], "ranks": [1, 2]},
+    ]
+
+
+def test_the_loss_on_held_out_rankings_is_the_trainers():
+    rows = [{"scores": [0.5, -1.0, 2.0], "ranks": [1, 2, 2]}, {"scores": [90.0, -90.0], "ranks": [2, 1]}]
+    scores = torch.tensor([score for row in rows for score in row["scores"]])
+    ranks = torch.tensor([rank for row in rows for rank in row["ranks"]])
+    expected = kwise_loss(scores, torch.tensor([0, 0, 0, 1, 1]), ranks).item()
+    assert reward_model.held_out_loss(rows) == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_shift_changes_no_order():

@@ -67,12 +67,19 @@ def test_run_all_ends_with_the_five_models_and_the_best_of_several_answers(story
     printed = (story / "run-all.txt").read_text()
     for model in ("GPT", "GPT (prompted)", "SFT", "PPO", "PPO-ptx", "SFT, best of 3"):
         assert re.search(rf"{re.escape(model)} .*\[[.\d]+, [.\d]+\]", printed), printed
-    assert "report.md" in printed
+    [page] = re.findall(r"^The report: (.*report\.html)$", printed, re.MULTILINE)
+    written = (story / page).read_text()
+    assert all(
+        f'id="chart-{name}"' in written for name in ("win_rates", "tax_tasks", "ppo_reward", "ppo_eos", "pretrain_loss")
+    )
+    assert "not made" not in written
     assert re.search(r"sft: done in", printed)
 
 
 def test_every_stage_left_a_whole_artifact(story: Path, instructrl: Instructrl) -> None:
-    assert sorted(path.name for path in (story / "artifacts").iterdir() if path.is_dir()) == sorted([*EVERY, "recipes"])
+    assert sorted(path.name for path in (story / "artifacts").iterdir() if path.is_dir()) == sorted(
+        [*EVERY, "recipes", "reports", "runs"]
+    )
     for stage in EVERY:
         shown = json.loads(instructrl("show", stage, "--json", *SMALL).out)
         assert (Path(shown["path"]) / "manifest.json").is_file()

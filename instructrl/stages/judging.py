@@ -17,22 +17,11 @@ from instructrl.errors import UserError
 from instructrl.stages import ratings, records, sources
 from instructrl.stages.answers import Answer, world_of
 from instructrl.stages.models import load_reward_model
+from instructrl.stages.names import BASELINE, BEST, NAMES
 from instructrl.stages.pool import normalized
 from instructrl.stages.winrate import outcomes
 from instructrl.trainers.rollout import score_rewards
 from instructrl.world import Prompt
-
-NAMES = {
-    "gpt": "GPT",
-    "gpt_prompted": "GPT (prompted)",
-    "sft": "SFT",
-    "ppo": "PPO",
-    "ppo_ptx": "PPO-ptx",
-}
-"""The five models, in the paper's order, and how a reader knows them."""
-
-BASELINE = "sft"
-BEST = "best_of_n"
 
 DESCRIPTIONS = {
     "gold": "the built-in world's gold preference: the truth, which no model was trained on",

@@ -6,8 +6,8 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from instructrl.stages.judging import BASELINE, NAMES
 from instructrl.stages.markup import cell, grid
+from instructrl.stages.names import BASELINE, NAMES
 from instructrl.stages.use_cases import cell as shown
 from instructrl.stages.winrate import mirrored, share
 

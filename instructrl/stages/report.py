@@ -1,6 +1,5 @@
 """`report.md` and the five-model table, from the numbers of `metrics.json`. Nothing is computed here."""
 
-import math
 import re
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -9,8 +8,8 @@ from typing import TYPE_CHECKING
 from instructrl.display import printable
 from instructrl.stages import judges, matrix, overoptimisation, ratings, scorecard, tax
 from instructrl.stages.claims import FAILS, HOLDS, UNDECIDED
-from instructrl.stages.judging import BASELINE, BEST, NAMES
 from instructrl.stages.markup import cell, code, fenced, grid
+from instructrl.stages.names import BASELINE, BEST, NAMES
 
 if TYPE_CHECKING:
     from instructrl.stages.scores import Scores
@@ -106,7 +105,7 @@ def verdicts(checked: list[dict]) -> str:
         return "Too few prompts to check the paper's claims."
     if not failed:
         return f"All {len(checked)} of the paper's claims that were checked hold."
-    return f"{failed} of {len(checked)} claims do not hold or are undecided; report.md lists them."
+    return f"{failed} of {len(checked)} claims do not hold or are undecided; the report lists them."
 
 
 def number(interval: Sequence[float] | None, digits: int) -> str:
@@ -348,26 +347,8 @@ def indented(text: str) -> list[str]:
 
 def shown(study: "Study", scores: "Scores") -> list[dict]:
     """A handful of prompts with every model's answer: one of each category in turn, in the order of the prompts."""
-    by_category: dict[str, list[int]] = {}
-    for number_, row in enumerate(study.prompts):
-        by_category.setdefault(row["category"] or row["source"], []).append(number_)
-    turns = sorted((turn, numbers[turn]) for numbers in by_category.values() for turn in range(len(numbers)))
-    chosen = [number_ for _, number_ in turns[: study.recipe.eval.samples_shown]]
-    samples, t = [], study.recipe.eval.temperature
-    for number_ in chosen:
-        row = study.prompts[number_]
-        given = {}
-        for name, title in study.names.items():
-            verdict = verdict_of(scores, name, t, number_)
-            given[title + verdict] = study.answers[name][t][number_].text
-        samples.append({"prompt": row["prompt"], "category": row["category"] or row["source"], "answers": given})
-    return samples
+    from instructrl.reporting import samples
 
-
-def verdict_of(scores: "Scores", name: str, temperature: float, number_: int) -> str:
-    """` (beats SFT)` and so on."""
-    if name == BASELINE or (name, temperature) not in scores.outcomes:
-        return ""
-    outcome = scores.outcomes[name, temperature][number_]
-    said = {1.0: "beats SFT", 0.75: "rather beats SFT", 0.5: "ties with SFT", 0.25: "rather loses to SFT"}
-    return " (no verdict)" if math.isnan(outcome) else f" ({said.get(float(outcome), 'loses to SFT')})"
+    settings = study.recipe.eval
+    found = samples.side_by_side(scores.rows(), study.names, settings.temperature, settings.samples_shown)
+    return samples.for_markdown(found)

@@ -4,8 +4,10 @@ Paper section 3.5, eq. 1, and App. C.2: the SFT model with a scalar in place of 
 as one batch element, one epoch, and a shift by which demonstrations score 0 on average.
 """
 
+import math
 from collections import Counter
 from pathlib import Path
+from statistics import fmean
 
 from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedModel, set_seed
@@ -30,7 +32,8 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
     """Write the reward model to `folder/model`; its config carries `reward_bias`.
 
     Returns:
-        What `measure` does, and rankings (trained on), dropped (reason -> count), steps, train_loss, reward_bias.
+        What `measure` does, and rankings (trained on), dropped (reason -> count), steps, train_loss, valid_loss (the
+        same loss on the rankings held out, nats a pair), reward_bias.
 
     Raises:
         UserError: no ranking with an untied pair is left to train on or to measure with.
@@ -51,24 +54,26 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
         what, why = ("train on", dropped) if not rows else ("measure it with", unmeasured)
         raise UserError(f"{name} has no ranking with an untied pair left to {what}; dropped: {counted(why)}.")
 
-    arguments = trainer_arguments(RewardConfig, recipe, "reward_model", folder / FOLDER)
+    fed = singles(rows) if recipe.reward_model.shuffle_pairs else rows
+    arguments = trainer_arguments(RewardConfig, in_steps(recipe, len(fed) / len(rows)), "reward_model", folder / FOLDER)
     arguments.seed = seed
     trained = lora.adapted(model, recipe)  # puts the adapter into `model`, which so stays the network to read and save
     trainer = KWiseRewardTrainer(
         model=trained,
         args=arguments,
-        train_dataset=Dataset.from_list([{key: row[key] for key in ("completion_ids", "ranks")} for row in rows]),
+        train_dataset=Dataset.from_list([{key: row[key] for key in ("completion_ids", "ranks")} for row in fed]),
         processing_class=contract.tokenizer,
         optimizers=(optimizer(model, recipe.reward_model), None),
     )
-    tables = [Rows(source / f"rankings.{train_table}.parquet", [row["number"] for row in rows])]
+    tables = [Rows(source / f"rankings.{train_table}.parquet", [row["number"] for row in fed])]
     train_loss = train(trainer, folder, recipe.runtime.save_minutes, tables)
     bias = demonstrations_mean(model, inputs["data"], contract, limits, recipe)
     model.config.reward_bias = bias
     models.save(model, contract, folder / "model", lora.merged_weights(trained))
     metrics = {"rankings": len(rows), "dropped": dict(dropped), "steps": trainer.state.global_step}
-    metrics |= {"train_loss": train_loss, "reward_bias": bias}
-    return metrics | measure(model, contract, rows, held_out, recipe)
+    measured = measure(model, contract, rows, held_out, recipe)
+    metrics |= {"train_loss": train_loss, "valid_loss": held_out_loss(held_out), "reward_bias": bias}
+    return metrics | measured
 
 
 def check(recipe: Recipe) -> None:
@@ -97,6 +102,36 @@ def encode(rankings: list[dict], contract: Contract, limits: Limits, dropped: Co
         else:
             dropped["rankings without an untied pair"] += 1
     return rows
+
+
+def singles(rows: list[dict]) -> list[dict]:
+    """Every untied pair of every ranking as a ranking of its own."""
+    return [
+        {
+            "number": row["number"],
+            "completion_ids": [row["completion_ids"][better], row["completion_ids"][worse]],
+            "ranks": [1, 2],
+        }
+        for row in rows
+        for better, worse in preferences.pairs(row["ranks"])
+    ]
+
+
+def in_steps(recipe: Recipe, pairs: float) -> Recipe:
+    """The recipe with so many times the rows a step, as a whole number: as many pairs as its rankings have."""
+    settings = recipe.reward_model
+    larger = settings.model_copy(update={"batch_size": settings.batch_size * max(1, round(pairs))})
+    return recipe.model_copy(update={"reward_model": larger})
+
+
+def held_out_loss(rows: list[dict]) -> float:
+    """Eq. 1 on rankings with `scores`: the mean of -log sigmoid(better - worse) over a prompt's pairs, then prompts."""
+
+    def loss(row: dict) -> float:
+        margins = [row["scores"][better] - row["scores"][worse] for better, worse in preferences.pairs(row["ranks"])]
+        return fmean(math.log1p(math.exp(-abs(margin))) + max(0.0, -margin) for margin in margins)
+
+    return fmean(map(loss, rows))
 
 
 def demonstrations_mean(

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from instructrl.stages.judging import NAMES
 from instructrl.stages.markup import cell, grid
+from instructrl.stages.names import NAMES
 
 BASE = "gpt"
 TAXED, RECOVERED, UNCHANGED, IMPROVED = "taxed", "recovered", "unchanged", "improved"

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from instructrl.stages.judging import BASELINE
+from instructrl.stages.names import BASELINE
 from instructrl.stages.pool import normalized
 from instructrl.stages.winrate import share
 

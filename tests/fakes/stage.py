@@ -1,6 +1,6 @@
 """A stage that sleeps, saves checkpoints and resumes, as its line in `script.json` says:
 
-{"sft": {"steps": 5, "seconds": 0.1, "end": "crash", "random": true, "until": "file"}}
+{"sft": {"steps": 5, "seconds": 0.1, "end": "crash", "random": true, "until": "file", "metric": "sft.epochs"}}
 """
 
 import json
@@ -49,7 +49,11 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
     (folder / "half.txt").unlink(missing_ok=True)
     (folder / "out.txt").write_text(digest(content | {"name": name}))
     (folder / "metrics.json").write_text(json.dumps({"table": TABLE}) if name == "eval" else "{}")
-    return {"loss": 0.25, "lost": float("nan")}
+    metrics = {"loss": 0.25, "lost": float("nan")}
+    if "metric" in script:  # the value of a key
+        section, key = script["metric"].split(".")
+        metrics["metric"] = getattr(getattr(recipe, section), key)
+    return metrics
 
 
 def full(folder: Path) -> None:
