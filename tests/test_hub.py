@@ -62,7 +62,8 @@ def read(tmp_path):
             "PYTHONPATH": ":".join(sys.path),
         }
         command = [sys.executable, "-c", PROGRAM, kind, json.dumps(given)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines()]
 
     return run
@@ -136,15 +137,21 @@ def test_single_files_are_read_as_they_are_and_a_script_never_runs(hub, read, tm
     hub("tatsu-lab/alpaca_farm", OLD, {"alpaca_farm.py": script, "alpaca_instructions/sft.json": sft}, main=True)
     adapter = {"adapter": "alpaca_farm"}
     files = (["alpaca_instructions/val.json"], ["alpaca_farm.py"])
+    columns = {"prompt": "instruction", "response": "output"}
     found, not_there, no_data, whole = read(
-        adapter, *(adapter | {"files": listed} for listed in files), {"path": "tatsu-lab/alpaca_farm"}
+        adapter,
+        *(adapter | {"files": listed} for listed in files),
+        {"path": "tatsu-lab/alpaca_farm", "columns": columns},
     )
     ((where, response),) = found
     assert where.endswith(f"snapshots/{OLD}/alpaca_instructions/sft.json row 1")
     assert response == "2"
     assert "[0].path: the file alpaca_instructions/val.json of the Hub data set 'tatsu-lab/a" in error_of(not_there)
     assert "[0].files: 'alpaca_farm.py' is no .jsonl, .json, " in error_of(no_data)
-    assert error_of(whole).startswith("data.demonstrations[0]")
+    if whole[0][0] == "error":  # `datasets` refuses a set that has a script, or, since 5.2, reads what else it has
+        assert error_of(whole).startswith("data.demonstrations[0]")
+    else:
+        assert [response for _, response in whole] == ["2"]
     assert not (tmp_path / "ran").exists()
 
 

@@ -1,12 +1,10 @@
 """What labelers say of single answers beside the ranking: overall quality, and the paper's metadata (Table 3)."""
 
 from collections.abc import Iterable, Sequence
-
-import numpy as np
+from statistics import fmean
 
 from instructrl.columns import Invalid, brief, number
 from instructrl.stages.markup import grid
-from instructrl.stages.winrate import share
 
 LIKERT = "likert"
 LOWEST, HIGHEST = 1, 7
@@ -60,8 +58,7 @@ def by_model(rated: Iterable[tuple[str, str, dict[str, float]]]) -> Rated:
             every.setdefault(field, {}).setdefault(model, {}).setdefault(prompt, []).append(value)
     return {
         field: {
-            model: {prompt: float(np.mean(values)) for prompt, values in prompts.items()}
-            for model, prompts in models.items()
+            model: {prompt: fmean(values) for prompt, values in prompts.items()} for model, prompts in models.items()
         }
         for field, models in every.items()
     }
@@ -69,6 +66,7 @@ def by_model(rated: Iterable[tuple[str, str, dict[str, float]]]) -> Rated:
 
 def measured(rated: Rated, samples: int) -> dict[str, dict]:
     """`likert` and `metadata` of `metrics.json`: means over prompts with their intervals, where there are any."""
+    from instructrl.stages.winrate import share  # not above: whoever checks a labels file must not wait for numpy
 
     def intervals(field: str, low: float, high: float) -> dict[str, list[float]]:
         return {name: list(share(list(values.values()), samples, low, high)) for name, values in rated[field].items()}
