@@ -124,7 +124,7 @@ class Store:
         try:
             artifact = Artifact.read(self.path(stage, key))
         except ValueError:
-            return None, f"its {MANIFEST} was changed"
+            return None, f"its {MANIFEST} was changed, or written by another version"
         if artifact is None:
             return None, ""
         if digest(artifact.key) != digest(key):
