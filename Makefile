@@ -21,16 +21,16 @@ run: $(VENV)/.installed ## Set up and run the whole story on the built-in world
 test test-gpu test-slow test-trl-min parity: export OMP_NUM_THREADS ?= 1 # models this small are faster on one thread than on two
 
 test: $(VENV)/.installed-dev ## Set up and run the tests
-	$(VENV)/bin/python -m pytest -m "$(FAST)"
+	$(VENV)/bin/python -m pytest -m "$(FAST)" --numprocesses 2 --dist loadfile
 
 test-gpu: $(VENV)/.installed-dev ## Run the tests that need a CUDA device
 	$(VENV)/bin/python -m pytest -m gpu
 
 test-slow: $(VENV)/.installed-dev ## Run the tests that take minutes
-	$(VENV)/bin/python -m pytest -m "slow and not gpu and not network"
+	$(VENV)/bin/python -m pytest -m "slow and not gpu and not network" --numprocesses 2 --dist loadfile
 
 test-trl-min: $(TRL_MIN)/.installed ## Run the tests of the stages and trainers with the oldest TRL
-	$(TRL_MIN)/bin/python -m pytest -m "$(FAST)" $(STAGE_TESTS)
+	$(TRL_MIN)/bin/python -m pytest -m "$(FAST)" --numprocesses 2 --dist loadfile $(STAGE_TESTS)
 
 parity: $(TRL_MIN)/.installed ## Compare our PPO with TRL 1.12's, number by number
 	$(TRL_MIN)/bin/python -m pytest --quiet --no-header --disable-warnings tests/parity

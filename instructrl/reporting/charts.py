@@ -38,7 +38,7 @@ def win_rates(metrics: Mapping[str, Any]) -> Chart | None:
                 axes.plot([], [], "o", color=ink("muted"), markerfacecolor=face, label=title)
             legend(figure, axes)
         rows(axes, [found["name"] for found in models.values()])
-        axes.set_xlim(0, 1)
+        axes.set_xlim(-0.02, 1.02)
         axes.set_xlabel("win rate against SFT")
     return chart
 
@@ -59,7 +59,7 @@ def two_runs(runs: Sequence[tuple[str, str, Mapping[str, Any]]]) -> Chart | None
                 if rate:
                     whiskers(axes, row + shift, rate, colour, label(called))
         rows(axes, [found[name] for name in there])
-        axes.set_xlim(0, 1)
+        axes.set_xlim(-0.02, 1.02)
         axes.set_xlabel("win rate against the run's own SFT")
         legend(figure, axes, 2)
     return chart
@@ -81,7 +81,7 @@ def use_cases(metrics: Mapping[str, Any]) -> Chart | None:
                 if name in found["win_rate"]:
                     whiskers(axes, row + shift, found["win_rate"][name], name, NAMES[name])
         rows(axes, [f"{label(case, 22)} ({found['prompts']})" for case, found in shown.items()])
-        axes.set_xlim(0, 1)
+        axes.set_xlim(-0.02, 1.02)
         axes.set_xlabel("win rate against SFT")
         legend(figure, axes)
     return chart

@@ -6,6 +6,7 @@ from typing import Any
 
 from instructrl.reporting.charts import as_interval, task_name
 from instructrl.stages import ratings as labelled
+from instructrl.stages import scorecard as scores
 from instructrl.stages import tax as taxes
 from instructrl.stages.claims import FAILS, HOLDS
 from instructrl.stages.names import NAMES
@@ -70,20 +71,20 @@ def claims(metrics: Metrics) -> Table | None:
 
 
 def scorecard(metrics: Metrics) -> Table | None:
-    """The paper's claims and numbers beside this run's."""
+    """The paper's claims and numbers beside this run's; what is to be said of scale is below."""
     found = metrics.get("scorecard")
     if not found:
         return None
     rows = []
     for one in found:
-        paper, yours = one.get("paper") or {}, one.get("yours") or {}
-        ours, n = yours.get("number"), yours.get("n")
-        shown = bracketed(ours) + (f" (n={n})" if n else "")
-        about = f" ({yours['note']})" if yours.get("note") else ""
-        rows.append([one["claim"], one["text"] + about, text(paper.get("number")), text(paper.get("where")), shown])
-        rows[-1] += [one["verdict"], text(one.get("scale"))]
-    columns = ["claim", "what the paper says", "its number", "where", "yours [95 %]", "verdict", "scale"]
-    return Table(columns, rows, title="Paper versus this run", words=2, others=(3, 4, 5, 6))
+        about = f" ({one['yours']['note']})" if one["yours"].get("note") else ""
+        paper, yours = one["paper"], one["yours"]
+        numbers = [text(paper["number"]), text(paper["where"]), bracketed(yours["number"]), text(yours["n"])]
+        rows.append([one["claim"], one["text"] + about, *numbers, one["verdict"]])
+    notes = [f"{scores.tally(found)}."]
+    notes += [f"{', '.join(names)}: {said}" for said, names in scores.scales(found).items()]
+    columns = ["claim", "what the paper says", "its number", "where", "yours [95 %]", "n", "verdict"]
+    return Table(columns, rows, notes, "Paper versus this run", words=2, others=(2, 3, 6))
 
 
 def matrix(metrics: Metrics) -> Table | None:

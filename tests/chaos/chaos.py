@@ -216,6 +216,8 @@ def run(trial: Trial, fault: str) -> list[str]:
         problems.append(f"exit code {code} in {ATTEMPTS} attempts")
     output = (trial.folder / "output.txt").read_text(errors="replace")
     own = "\n".join(line for line in output.splitlines() if not line.startswith("  | "))  # a stage's log may have one
+    if fault == "second runner" and own.count(f"{trial.stage}: started") != 1:
+        problems.append(f"{trial.stage} was started {own.count(f'{trial.stage}: started')} times")
     return problems + ["a traceback"] * ("Traceback" in own)
 
 
@@ -253,7 +255,7 @@ def log(folder: Path) -> list[dict]:
 
 
 def is_time(name: str) -> bool:
-    return "seconds" in name or "per_second" in name or name in ("eps", "tokens_per_s")
+    return "second" in name or "runtime" in name or name in ("eps", "tokens_per_s")
 
 
 @dataclass(frozen=True)
@@ -322,6 +324,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="trials at the same time")
     parser.add_argument("--first", type=int, default=0, help="number of the first trial, to repeat one")
+    parser.add_argument("--fault", choices=FAULTS, help="only this one")
     parser.add_argument("--until", default="eval", help="the last stage that anything is done to")
     parser.add_argument("--folder", type=Path, help="where to work; by default a temporary one")
     options = parser.parse_args()
@@ -332,7 +335,7 @@ def main() -> int:
     names = list(stages(load_recipe([f"recipe={RECIPE}"])))
     durations = undisturbed(scratch, names[: names.index(options.until) + 1])
     print("undisturbed:", ", ".join(f"{name} {seconds:.0f} s" for name, seconds in durations.items()), flush=True)
-    faults = [fault for fault in FAULTS if fault not in missing]
+    faults = [fault for fault in FAULTS if fault not in missing and options.fault in (None, fault)]
     numbers = range(options.first, options.first + options.faults)
     outcomes = []
     with ThreadPoolExecutor(options.jobs) as threads:
