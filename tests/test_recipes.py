@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import re
 import socket
 from pathlib import Path
@@ -11,6 +12,7 @@ import toy_hub
 import yaml
 
 from instructrl.config import Recipe
+from instructrl.jobs import make_jobs
 from instructrl.pipeline import ordered, stages
 from instructrl.recipe import load_recipe
 from instructrl.stages import data as stage
@@ -230,3 +232,22 @@ def test_real_cpu_reads_its_files(tmp_path, monkeypatch):
     sizes = {len(row["responses"]) for row in read_table(tmp_path / "rankings.train.parquet")}
     assert {2, 4, 9} <= sizes
     assert metrics["prompts_eval"] >= 150
+
+
+ABLATIONS = sorted((ROOT / "recipes" / "ablations").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
+def test_an_ablation_is_tiny_with_the_sweep_that_its_header_and_the_docs_tell(path):
+    command = re.search(r"instructrl (\S+) -m (.*?) --jobs 2", header(path))
+    assert command
+    assert f"$ {command[0]}" in (ROOT / "docs" / "ablations.md").read_text()
+    target, arguments = command[1].replace("-", "_"), command[2].split()
+    assert arguments[0] == f"recipe=ablations/{path.stem}"
+    planned = make_jobs(None if target == "run_all" else target, arguments, [], multirun=True)
+    assert len(planned) == math.prod(argument.count(",") + 1 for argument in arguments)
+    assert {job.composition.recipe.seed for job in planned} >= {0, 1}
+    tiny, mine = load_recipe(["recipe=tiny"]), load_recipe(arguments[:1])
+    assert mine.name == path.stem
+    for section in ("model", "data", "pretrain", "sft", "label", "reward_model"):
+        assert getattr(mine, section) == getattr(tiny, section)  # so that what tiny made is used

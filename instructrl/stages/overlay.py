@@ -218,7 +218,7 @@ def draw(folder: Path, title: str, x: str, panels: dict[str, list[Line]], seeds:
     rows = -(-len(panels) // columns)
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE | {"svg.hashsalt": "instructrl", "savefig.dpi": 110})
+        matplotlib.rcParams.update(STYLE | {"svg.hashsalt": "instructrl", "savefig.dpi": 100})
         figure = Figure(figsize=(3.3 * columns + 0.4, 2.6 * rows + 1.0), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes, (name, drawn) in zip(grid.flat, panels.items(), strict=False):
