@@ -105,6 +105,23 @@ def test_sigterm_saves_exits_with_75_and_resumes_exactly(reference, folder):
     assert [line["loss"] for line in log(folder)] == [line["loss"] for line in reference[1]]
 
 
+def test_a_line_of_the_log_is_the_mean_over_all_its_steps_though_resumed_among_them(tmp_path):
+    def trained(folder, **options):
+        folder.mkdir(exist_ok=True)
+        trainer = make(folder, logging_steps=4, **options)
+        trainer._metrics = {"train": {"accuracy": []}}
+        trainer.add_callback(At(6, lambda: trainer._metrics["train"]["accuracy"].append(1.0)))
+        return train(trainer, folder), trainer._metrics["train"]["accuracy"]
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    expected = trained(whole)
+    with pytest.raises(SystemExit):
+        trained(cut, callbacks=[At(7, terminate)])
+    assert trained(cut) == expected  # the mean loss of the training, and a metric of step 6, saved in step 7
+    assert log(cut) == log(whole)
+    assert steps(cut) == list(range(4, STEPS + 1, 4))
+
+
 def test_the_handler_of_sigterm_is_put_back(folder):
     before = signal.getsignal(signal.SIGTERM)
     train(make(folder), folder)

@@ -69,6 +69,47 @@ class Checkpoints(TrainerCallback):
             self.stopping = control.should_training_stop = True
 
 
+class Sums(TrainerCallback):
+    """What Trainer and TRL add up between two lines of the log is saved with a checkpoint, by rank, and put back.
+
+    Trainer begins anew where it resumes, so that the next line would be the mean over fewer steps than without the
+    kill, and the mean loss of the training that of its last part. Of a checkpoint saved by another number of ranks,
+    nothing is put back.
+    """
+
+    NUMBERS = ("_total_loss_scalar", "_globalstep_last_logged", "_total_train_tokens")
+
+    def __init__(self, trainer: Trainer, checkpoint: str | None) -> None:
+        self.trainer, self.checkpoint = trainer, checkpoint
+
+    def on_train_begin(self, args, state, control, **_):
+        saved = Path(self.checkpoint or ".") / self.file(args)
+        if not self.checkpoint or not saved.exists():
+            return
+        found = json.loads(saved.read_text())
+        self.trainer._initial_global_step = 0  # the mean loss is that of all steps
+        self.trainer._tr_loss += found["loss"]
+        for name, value in found["numbers"].items():
+            setattr(self.trainer, name, value)
+        for name, values in found["metrics"].items():
+            self.trainer._metrics["train"][name] = values
+
+    def on_save(self, args, state, control, **_):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if not folder.is_dir():  # the trainer put it off
+            return
+        trainer = self.trainer
+        found = {
+            "loss": trainer._tr_loss.item(),
+            "numbers": {name: getattr(trainer, name) for name in self.NUMBERS if hasattr(trainer, name)},
+            "metrics": dict(trainer._metrics["train"]) if hasattr(trainer, "_metrics") else {},
+        }
+        (folder / self.file(args)).write_text(json.dumps(found))
+
+    def file(self, args) -> str:
+        return f"sums-{args.process_index}-of-{args.world_size}.json"
+
+
 class Log(TrainerCallback):
     """One JSON object a logged step in `log.jsonl`, the numbers that matter to the progress display, and all of them to
     the tracker, if there is one.
@@ -131,18 +172,19 @@ def train(trainer: Trainer, folder: Path, save_minutes: float = 10.0, tables: Se
         tables: where the rows of the training set come from, for the message of a training that diverges.
 
     Returns:
-        The mean training loss since the start, or since the resumption.
+        The mean training loss since the start, however often it was resumed.
 
     Raises:
         StageFailed: a loss, a gradient or a weight is not a number.
     """
-    checkpoints = Checkpoints(save_minutes)
+    checkpoints, resumed = Checkpoints(save_minutes), last_checkpoint(folder / FOLDER)
+    trainer.add_callback(Sums(trainer, resumed))  # before what marks a checkpoint as complete
     trainer.add_callback(checkpoints)
     trainer.add_callback(Log(folder))
     previous = signal.signal(signal.SIGTERM, checkpoints.stop)
     try:
         with watched(trainer, tables, lambda: last_checkpoint(folder / FOLDER)):
-            loss = trainer.train(resume_from_checkpoint=last_checkpoint(folder / FOLDER)).training_loss
+            loss = trainer.train(resume_from_checkpoint=resumed).training_loss
     finally:
         signal.signal(signal.SIGTERM, previous)
     if trainer.state.global_step < trainer.state.max_steps:
