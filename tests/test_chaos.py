@@ -10,7 +10,13 @@ pytest.importorskip("psutil", reason="the chaos test finds the processes of stag
 
 
 def test_after_every_fault_the_run_ends_as_if_nothing_was(tmp_path):
-    command = [sys.executable, str(ROOT / "tests" / "chaos" / "chaos.py"), "--first=1", "--faults=4", "--until=pretrain"]
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "chaos" / "chaos.py"),
+        "--first=1",
+        "--faults=4",
+        "--until=pretrain",
+    ]
     done = subprocess.run([*command, f"--folder={tmp_path}"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].split() == ["in", "all", "4", "none", "wrong"]

@@ -11,3 +11,6 @@ NAMES = {
 
 BASELINE = "sft"
 BEST = "best_of_n"
+
+GREEDY = 0.0
+"""The temperature that every report shows beside the recipe's."""

@@ -10,8 +10,9 @@ from instructrl.stages import claims, judging, matrix, preferences, ratings, rep
 from instructrl.stages.judges import Labelled, Side
 from instructrl.stages.judging import BASELINE, BEST, NAMES
 from instructrl.stages.length_control import length_controlled
+from instructrl.stages.names import GREEDY
 from instructrl.stages.scores import Scores
-from instructrl.stages.study import GREEDY, Study
+from instructrl.stages.study import Study
 from instructrl.stages.tables import read_table
 from instructrl.stages.winrate import (
     Interval,

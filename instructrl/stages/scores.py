@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow
@@ -15,9 +16,12 @@ from instructrl.stages.answers import Answer
 from instructrl.stages.endpoint import Endpoint
 from instructrl.stages.judges import EndpointJudge, Judge, Scored, Side
 from instructrl.stages.judging import BASELINE, Scorer
-from instructrl.stages.study import GREEDY, Study
+from instructrl.stages.names import GREEDY
 from instructrl.stages.winrate import decided
 from instructrl.trainers.rollout import score_logprobs
+
+if TYPE_CHECKING:
+    from instructrl.stages.study import Study
 
 SAMPLES = pyarrow.schema(
     {
@@ -37,7 +41,7 @@ SAMPLES = pyarrow.schema(
 class Scores:
     """What is said of the answers: rewards, KL, judgements and outcomes, each [prompts] for (model, temperature)."""
 
-    def __init__(self, study: Study) -> None:
+    def __init__(self, study: "Study") -> None:
         self.study = study
         recipe, inputs = study.recipe, study.inputs
         every = [(name, t) for name, given in study.answers.items() for t in given]
@@ -135,7 +139,7 @@ class Scores:
         return rows
 
 
-def log_ratios(study: Study, reference: PreTrainedModel, given: Sequence[Answer]) -> np.ndarray:
+def log_ratios(study: "Study", reference: PreTrainedModel, given: Sequence[Answer]) -> np.ndarray:
     """log p(answer) - log p_reference(answer) of a policy's sampled answers: [prompts]."""
     logprobs = score_logprobs(
         reference,

@@ -12,10 +12,8 @@ from instructrl.stages.answers import Answer
 from instructrl.stages.contract import Contract
 from instructrl.stages.judging import BASELINE, BEST, Scorer
 from instructrl.stages.models import load_policy, load_reward_model, make_room
+from instructrl.stages.names import GREEDY
 from instructrl.stages.tables import read_table
-
-GREEDY = 0.0
-"""The temperature that every report shows beside the recipe's."""
 
 
 class Study:
