@@ -233,6 +233,7 @@ class Run:
             there, damage = node.store.look(need, artifact.key)
             if damage or (there and there.digest != artifact.digest):
                 shutil.rmtree(partial, ignore_errors=True)
+                self.display.drop(node.label)
                 what = damage or "it was made again and came out otherwise"
                 raise StageFailed(
                     f"{node.label}: the artifact of {need} changed meanwhile ({what}), so what was made from it "
