@@ -12,19 +12,19 @@ to keep silent; None: the connection is cut."""
 
 
 class ChatServer(ThreadingHTTPServer):
-    """Counts what it was asked. `failures` are replied first, one a request."""
+    """Counts what it was asked. `failures` are replied first, one a request; nothing is before `together` are waiting."""
 
     daemon_threads = True
 
     def __init__(self, answer: Answer) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.answer, self.failures = answer, []
+        self.answer, self.failures, self.together = answer, [], 1
         self.asked: list[dict] = []
         self.keys: list[str | None] = []
         self.headers: dict[str, str] = {}
         self.guard = threading.Lock()
         self.at_once = self.most_at_once = self.failed = 0
-        self.stopped = threading.Event()
+        self.met, self.stopped = threading.Event(), threading.Event()
 
     @property
     def url(self) -> str:
@@ -47,6 +47,9 @@ class Handler(BaseHTTPRequestHandler):
             server.most_at_once = max(server.most_at_once, server.at_once)
             reply = server.failures.pop(0) if server.failures else server.answer(*parts(body))
             server.failed += isinstance(reply, int)
+            if server.at_once >= server.together:
+                server.met.set()
+        server.met.wait(30)
         try:
             self.reply(reply if self.path == "/v1/chat/completions" else 404)
         finally:

@@ -59,6 +59,7 @@ def compare(tmp_path, monkeypatch, recipe_of):
 def test_each_pair_is_asked_in_both_orders(compare):
     sizes = [Side("ppo", 1.0, ["x" * (n % 3) for n in range(12)]), Side("sft", 1.0, ["x"] * 12)]
     with serving(longer_is_better) as server:
+        server.together = 4  # a client that asks one by one waits here for half a minute, and fails below
         found, card = compare(server, *sizes)
         assert found.tolist() == [0.0, 0.5, 1.0] * 4
         asked = [body["messages"][1]["content"] for body in server.asked]
@@ -70,7 +71,7 @@ def test_each_pair_is_asked_in_both_orders(compare):
         "max_tokens": 512,
         "messages": None,
     }
-    assert 1 < server.most_at_once <= 4
+    assert server.most_at_once == 4
     assert (card["prompts"], card["same_answers"], card["ties"], card["no_verdict"]) == (12, 4, 4, 0)
     assert card["first_position_wins"][0] == 0.5
     assert card["order_agreement"][0] == 1
