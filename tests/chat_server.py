@@ -12,7 +12,8 @@ to keep silent; None: the connection is cut."""
 
 
 class ChatServer(ThreadingHTTPServer):
-    """Counts what it was asked. `failures` are replied first, one a request; nothing is before `together` are waiting."""
+    """Counts what it was asked. `failures` are replied first, one a request; nothing is replied before as many as
+    `together` have waited at once."""
 
     daemon_threads = True
 

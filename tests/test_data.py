@@ -476,7 +476,7 @@ def test_three_sets_from_a_pool_of_real_rows_with_made_up_users(tmp_path):
         ("demonstrations", "demonstrations/gsm8k_train", 3000),
         ("rankings", "comparisons/pandalm_3annotators", None),
         ("rankings", "comparisons/hh_rlhf_harmless_test", None),
-        ("prompts", "demonstrations/t0_p3_sample", 14_000),
+        ("prompts", "demonstrations/t0_p3_sample", 7_000),
         ("prompts", "eval/truthfulqa", 100),  # an evaluation set among the prompts: a mistake to be caught
     ):
         with gzip.open(REAL / f"{name}.jsonl.gz", "rt") as stream:

@@ -3,9 +3,10 @@
 import random
 import re
 
+import numpy
 import pytest
 
-from instructrl.stages.leakage import COMMON, HeldOut, find, runs, strings, words
+from instructrl.stages.leakage import COMMON, Sieve, find, runs, strings, words
 
 LENGTH = 13
 
@@ -29,8 +30,12 @@ def sentence(rng, count):
 
 
 def leaked(training, texts, name="eval"):
-    (leak,) = find(lambda: enumerate([text] for text in training), HeldOut([(name, texts)], LENGTH))
-    return leak
+    return found([[text] for text in training], texts, name)[0]
+
+
+def found(training, texts, name="eval"):
+    (leak,), held_out = find(lambda: enumerate(training), lambda: [(name, texts)], LENGTH)
+    return leak, held_out
 
 
 def test_runs_are_equal_exactly_where_their_words_are():
@@ -80,8 +85,7 @@ def test_phrases_are_told_with_the_rows_that_have_no_more_than_them():
     frame = "Answer the following question as truthfully as you can, and in one short sentence please:"
     passage = " ".join(f"word{n}" for n in range(30))
     training = [[f"number {n}", f"{n}. {frame} thing {n}"] for n in range(COMMON + 5)] + [[f"{frame} {passage}"]]
-    held_out = HeldOut([("e", [f"{frame} one {passage}", f"{frame} two"])], LENGTH)
-    (leak,) = find(lambda: enumerate(training), held_out)
+    leak, held_out = found(training, [f"{frame} one {passage}", f"{frame} two"])
     assert leak.rows == {COMMON + 5}
     told = " ".join(plain(frame))
     assert held_out.phrase_card() == {"rows": COMMON + 5, "most": [{"rows": COMMON + 5, "words": told}]}
@@ -91,8 +95,29 @@ def test_every_text_of_a_row_counts():
     row = {"question": "q", "choices": ["a", "b"], "nested": {"text": ["c", {"more": "d"}]}, "number": 3, "none": None}
     assert sorted(strings(row)) == ["a", "b", "c", "d", "q"]
     texts = [["short prompt", "x " + "long answer that is the same in both " * 3]]
-    (leak,) = find(lambda: enumerate(texts), HeldOut([("e", ["long answer that is the same in both " * 3])], LENGTH))
-    assert leak.ngram == {0}
+    assert found(texts, ["long answer that is the same in both " * 3])[0].ngram == {0}
+
+
+def test_a_sieve_has_what_was_added_and_little_else():
+    rng = numpy.random.default_rng(0)
+    added, others = rng.integers(0, 2**64, (2, 1_000_000), dtype=numpy.uint64)
+    sieve = Sieve()
+    for part in numpy.split(added, 10):
+        sieve.add(part)
+    assert sieve.has(added).all()
+    assert sieve.has(others).mean() == pytest.approx((2 / 2**7 / 1.05) ** 2, rel=0.15)
+    assert not sieve.has(numpy.empty(0, dtype=numpy.uint64)).any()
+
+
+@pytest.mark.parametrize("bits", [10, 14])
+def test_a_sieve_that_is_full_changes_nothing_that_is_found(monkeypatch, bits):
+    rng = random.Random(2)
+    held_out = [sentence(rng, 40) for _ in range(30)]
+    training = [sentence(rng, 30) + " " + rng.choice(held_out)[: rng.choice((0, 50, 120))] for _ in range(300)]
+    expected = leaked(training, held_out)
+    monkeypatch.setattr(Sieve, "BITS", bits)
+    assert leaked(training, held_out) == expected
+    assert 20 < len(expected.rows) < 280
 
 
 @pytest.mark.parametrize("text", ["", "   ", "?!", "\u200b", "\ud800 alone in a text of words"])

@@ -44,7 +44,7 @@ def own(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed))
     sources = dict(zip(("demonstrations", "rankings", "prompts", "text"), "drpt", strict=True))
     files = {kind: ({"path": str(tmp_path / f"{name}.jsonl")},) for kind, name in sources.items()}
-    limits = {"max_prompt_tokens": 160, "max_response_tokens": 60, "valid_ranking_share": 0.1}
+    limits = {"max_prompt_tokens": 160, "max_response_tokens": 60, "valid_ranking_share": 0.1, "pii_filter": False}
     return Recipe(
         model={"path": str(tmp_path / "model"), "template": "chat", "truncation": "left"},
         data=files | limits,

@@ -196,8 +196,7 @@ def remove_leaks(pool: Pool, data: Data) -> tuple[list[leakage.Leak], dict]:
     length = data.leakage_ngram
     if data.leakage == "ignore":
         return [], {}
-    held_out = leakage.HeldOut(held_out_sets(pool, data), length)
-    leaks = leakage.find(lambda: training_texts(pool), held_out)
+    leaks, held_out = leakage.find(lambda: training_texts(pool), lambda: held_out_sets(pool, data), length)
     found = {leak.against: len(leak.rows) for leak in leaks if leak.rows}
     if found and data.leakage == "refuse":
         listed = ", ".join(f"{count} rows with {name}" for name, count in found.items())

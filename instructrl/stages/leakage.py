@@ -21,6 +21,7 @@ COMMON = 10
 EXAMPLES, CHARACTERS = 3, 120  # of each set, in the card
 PHRASES = 20  # in the card
 _BASE = numpy.uint64(0x9E3779B97F4A7C15)  # odd, so that no power of it is 0
+_MULTIPLIERS = numpy.array([0xBF58476D1CE4E5B9, 0x94D049BB133111EB], dtype=numpy.uint64)  # odd, of splitmix64
 
 
 def words(text: str) -> NDArray[numpy.uint64]:
@@ -72,15 +73,74 @@ class Leak:
         return {"against": self.against, **counts, "examples": self.examples}
 
 
+class Sieve:
+    """A set of numbers in 16 MB, however many: it has every number that was added, and seldom another (Bloom 1970).
+
+    With two bits a number of 2^27, a million numbers let 1 in 4,500 others through, ten million 1 in 50.
+    """
+
+    BITS = 27
+
+    def __init__(self) -> None:
+        self.bits = numpy.zeros(2 ** (self.BITS - 3), dtype=numpy.uint8)
+
+    def places(self, numbers: NDArray[numpy.uint64]) -> tuple[NDArray[numpy.intp], NDArray[numpy.uint8]]:
+        """(byte, bit in it) of each number's two bits: [2, numbers] each."""
+        mixed = (numbers ^ (numbers >> numpy.uint64(31))) * _MULTIPLIERS[:, None] >> numpy.uint64(64 - self.BITS)
+        return (mixed >> numpy.uint64(3)).astype(numpy.intp), numpy.uint8(1) << (mixed & numpy.uint64(7)).astype(
+            numpy.uint8
+        )
+
+    def add(self, numbers: NDArray[numpy.uint64]) -> None:
+        numpy.bitwise_or.at(self.bits, *self.places(numbers))
+
+    def has(self, numbers: NDArray[numpy.uint64]) -> NDArray[numpy.bool]:
+        bytes_, bits = self.places(numbers)
+        return (self.bits[bytes_] & bits).all(axis=0)
+
+
+Sets = Callable[[], Iterable[tuple[str, Iterable[str]]]]
+"""(name, texts) of each held-out set, as often as it is called."""
+Rows = Callable[[], Iterable[tuple[int, list[str]]]]
+"""(number, its texts) of each training row, as often as it is called."""
+
+
+def numbered(texts: Iterable[str], length: int) -> NDArray[numpy.uint64]:
+    """The runs of the texts, and each long enough text as a whole."""
+    found = []
+    for numbers in map(words, texts):
+        if len(numbers) >= SHORTEST:
+            found += [runs(numbers, length), numpy.array([whole(numbers)], dtype=numpy.int64).view(numpy.uint64)]
+    return joined(found)
+
+
+def sift(training: Rows, sets: Sets, length: int) -> tuple[bytearray, Sieve]:
+    """What may leak, in memory that does not grow with the held-out sets: (1 for each training row that may have
+    something of theirs, by its number; what of them training may have)."""
+    held_out, shared, suspected = Sieve(), Sieve(), bytearray()
+    for _, texts in sets():
+        for text in texts:
+            held_out.add(numbered([text], length))
+    for number, texts in training():
+        every = numbered(texts, length)
+        its = every[held_out.has(every)]
+        if len(its):
+            shared.add(its)
+            suspected.extend(bytes(max(0, number + 1 - len(suspected))))
+            suspected[number] = 1
+    return suspected, shared
+
+
 class HeldOut:
-    """The texts of all held-out sets, by their words.
+    """The texts of all held-out sets, by their words; of these only what training may have, too.
 
     Args:
         sets: (name, texts) of each.
         length: words of a run.
+        shared: the runs and texts that training may have.
     """
 
-    def __init__(self, sets: Iterable[tuple[str, Iterable[str]]], length: int) -> None:
+    def __init__(self, sets: Iterable[tuple[str, Iterable[str]]], length: int, shared: Sieve) -> None:
         self.length = length
         self.names: list[str] = []
         self.wholes: list[set[int]] = []  # of each set
@@ -90,11 +150,14 @@ class HeldOut:
         for name, texts in sets:
             wholes, found = set(), []
             for text in texts:
-                numbers = words(text)
-                if len(numbers) < SHORTEST:
+                its = numbered([text], length)
+                its = its[shared.has(its)]
+                if not len(its):
                     continue
+                numbers = words(text)
                 wholes.add(this := whole(numbers))
-                found.append(its := numpy.unique(runs(numbers, length)))
+                its = runs(numbers, length)
+                found.append(its := numpy.unique(its[shared.has(its)]))
                 if this not in distinct:
                     distinct.add(this)
                     counted.append(its)
@@ -103,9 +166,7 @@ class HeldOut:
             self.set_runs.append(numpy.unique(joined(found)))
         self.runs, self.texts = numpy.unique(joined(counted), return_counts=True)
         self.rows = numpy.zeros(len(self.runs), dtype=numpy.int32)  # training rows that have each run
-        self.phrases: Counter[str] = (
-            Counter()
-        )  # the training rows of no leak that have a phrase, by the first they have
+        self.phrases: Counter[str] = Counter()  # rows of no leak that have a phrase, by the first they have
 
     def matches(self, texts: list[NDArray[numpy.uint64]]) -> NDArray[numpy.intp]:
         """Which of all runs a row with these texts has: indices of `runs`."""
@@ -142,24 +203,22 @@ def joined(parts: list[NDArray[numpy.uint64]]) -> NDArray[numpy.uint64]:
     return numpy.concatenate(parts) if parts else numpy.empty(0, dtype=numpy.uint64)
 
 
-def find(training: Callable[[], Iterable[tuple[int, list[str]]]], held_out: HeldOut) -> list[Leak]:
-    """The training rows, (number, its texts), that leak, by held-out set.
+def find(training: Rows, sets: Sets, length: int) -> tuple[list[Leak], HeldOut]:
+    """The training rows that leak, by held-out set; and the sets, which have counted the phrases.
 
-    They are read twice, first to learn which runs are phrases. Rows that share these alone do not leak, and are counted
-    in `held_out.phrases`. Memory: a byte a row, what leaks, and the phrases.
+    Training rows are read three times: to learn which may leak, which runs are phrases, and what leaks. Rows that share
+    phrases alone do not leak. Memory: two sieves, a byte a row, and what training and the sets share.
     """
-    suspected = bytearray()
-    for number, texts in training():
-        numbers = [words(text) for text in texts]
-        matched = held_out.matches(numbers)
-        held_out.rows[matched] += 1
-        if len(matched) or any(whole(each) in known for each in numbers for known in held_out.wholes):
-            suspected.extend(bytes(max(0, number + 1 - len(suspected))))
-            suspected[number] = 1
+    suspected, shared = sift(training, sets, length)
+    held_out = HeldOut(sets(), length, shared)
+
+    def suspects() -> Iterator[tuple[int, list[str]]]:
+        return ((number, texts) for number, texts in training() if suspected[number : number + 1] == b"\1")
+
+    for _, texts in suspects():
+        held_out.rows[held_out.matches([words(text) for text in texts])] += 1
     phrase, leaks = held_out.is_phrase(), [Leak(name) for name in held_out.names]
-    for number, texts in training():
-        if number >= len(suspected) or not suspected[number]:
-            continue
+    for number, texts in suspects():
         numbers = [words(text) for text in texts]
         wholes = {whole(each) for each in numbers if len(each) >= SHORTEST}
         matched = held_out.matches(numbers)
@@ -176,4 +235,4 @@ def find(training: Callable[[], Iterable[tuple[int, list[str]]]], held_out: Held
                     leak.examples.append(" ".join(texts[0].split())[:CHARACTERS])
         if not leaks_here and len(matched):
             held_out.phrases[held_out.first_phrase(texts, matched)] += 1
-    return leaks
+    return leaks, held_out

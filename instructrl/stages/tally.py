@@ -7,7 +7,7 @@ and names there are, and 8 bytes a row to count users.
 import hashlib
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -93,7 +93,7 @@ def tally(path: Path, count: Count) -> Tally:
     file = pyarrow.parquet.ParquetFile(path)
     there = set(file.schema_arrow.names)
     wanted = [name for name in (*NAMED, "user", "prompt", "response", "ranks") if name in there]
-    for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=wanted):
+    for batch in batches(file, wanted):
         columns = {name: batch[name].to_pylist() for name in wanted}
         found.rows += batch.num_rows
         named = {
@@ -107,6 +107,12 @@ def tally(path: Path, count: Count) -> Tally:
         found.ranked.update(len(ranks) for ranks in columns.get("ranks", ()))
         found.users.extend(_hashed(user) for user in columns.get("user", ()) if user)
     return found
+
+
+def batches(file: pyarrow.parquet.ParquetFile, columns: list[str]) -> Iterator[pyarrow.RecordBatch]:
+    """One group of rows at a time: over all of them `iter_batches` keeps what it has read."""
+    for group in range(file.num_row_groups):
+        yield from file.iter_batches(BATCH_ROWS, [group], columns)
 
 
 def _add(lengths: dict[tuple[str, str], Lengths], counted: list[int], named: dict[str, list[str]]) -> None:
