@@ -30,7 +30,8 @@ def main(arguments: Sequence[str]) -> int:
         run.run(options)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        return ended(codes, int(options.nproc_per_node) * int(options.nnodes), Path(arguments[-1]))
+        ranks = int(options.nproc_per_node) * int(options.nnodes.rpartition(":")[2])  # "1:1", or "2"
+        return ended(codes, ranks, Path(arguments[-1]))
     return 0
 
 
@@ -53,9 +54,11 @@ def ended(codes: Mapping[int, int], ranks: int, folder: Path) -> int:
     Args:
         codes: rank -> its exit status, of those that ended otherwise than by finishing; below 0 it is the signal's.
     """
-    if SAVED_AND_STOPPED in codes.values():
-        return SAVED_AND_STOPPED
     killed = {rank: code for rank, code in codes.items() if code < 0}
+    mercilessly = {rank: code for rank, code in killed.items() if code != -signal.SIGTERM}
+    if SAVED_AND_STOPPED in codes.values() and not mercilessly:
+        return SAVED_AND_STOPPED
+    killed = mercilessly or killed
     if killed:
         rank = min(killed)
         with suppress(OSError):

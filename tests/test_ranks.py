@@ -38,7 +38,7 @@ def recipes():
     """21 demonstrations in steps of 10: the last step has one, for two ranks. So have 21 rankings in steps of 4."""
     small = {"micro_batch_size": 3, "threads": 1}
     return {
-        "sft": test_sft.recipe(sft={"batch_size": 10, "learning_rate": 1e-3}, runtime=small),
+        "sft": test_sft.recipe(sft={"batch_size": 10, "learning_rate": 1e-3, "residual_dropout": 0}, runtime=small),
         "reward_model": test_reward_model.recipe(reward_model={"epochs": 2, "learning_rate": 1e-3}, runtime=small),
         "ppo_ptx": test_ppo_stage.recipe(num_ppo_epochs=2),
     }
@@ -101,9 +101,10 @@ def test_two_ranks_end_where_one_process_does(orders, tmp_path):
     run_all(orders, alone)
     for name in orders:
         lines = [[line for line in log(folder / name) if "loss" in line] for folder in (two, alone)]
-        assert len(lines[0]) > 4
+        assert len(lines[0]) >= 3
         for ours, theirs in zip(*lines, strict=True):
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5, abs=1e-6), name
+            assert ours.get("num_tokens") == theirs.get("num_tokens")
             assert (ours["step"], ours["grad_norm"]) == pytest.approx((theirs["step"], theirs["grad_norm"]), rel=1e-4)
         assert difference(two / name, alone / name) < 1e-5, name
     ours, theirs = (json.loads((folder / "metrics.json").read_text()) for folder in (two, alone))

@@ -171,8 +171,9 @@ class FastSFTTrainer(SFTTrainer):
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         """All rows on every process: the loss is a mean over batches, and other batches would make it another one."""
         loader = super().get_eval_dataloader(eval_dataset)
-        if isinstance(loader.batch_sampler, BatchSamplerShard):
-            loader.batch_sampler.num_processes, loader.batch_sampler.process_index = 1, 0
+        shard = loader.batch_sampler
+        if isinstance(shard, BatchSamplerShard):
+            shard.num_processes, shard.process_index, shard.even_batches = 1, 0, False
         return loader
 
     def evaluation_loop(self, *args, **options):
@@ -201,7 +202,8 @@ class FastSFTTrainer(SFTTrainer):
         """TRL's metrics: the mean entropy of the next token, and how often the likeliest one is right."""
         mode = "train" if self.model.training else "eval"
         entropy, right = -(logprobs.exp() * logprobs).sum(), (logprobs.argmax(-1) == targets).sum()
-        sums = torch.stack([entropy.double(), right.double(), attention_mask.sum().double()])
+        tokens = attention_mask.sum() * bool(len(targets))  # a row without a label is another process's
+        sums = torch.stack([entropy.double(), right.double(), tokens.double()])
         sums = torch.cat([sums, sums.new_tensor([len(targets)])])
         entropy, right, tokens, count = (self.accelerator.reduce(sums) if mode == "train" else sums).tolist()
         self._metrics[mode]["entropy"].append(entropy / max(count, 1))
