@@ -157,7 +157,7 @@ def test_force_is_passed_on(cluster: Path, instructrl: Instructrl, fakes: None) 
     assert [found[1] for found in forced if found] == ["data", "sft"]
     ran(Path())
     job = started(cluster, "101")
-    assert job.wait(timeout=30) == 0
+    assert job.wait(timeout=120) == 0
     assert ran(Path()) == ["data from 0"]
 
 
@@ -262,19 +262,19 @@ def test_a_job_that_is_told_to_stop_saves_and_is_queued_again(
     instructrl("data", "recipe=base.yaml", "--slurm")
     (cluster / "queue").write_text("RUNNING\n")
     job = started(cluster, "101")
-    until(step_reached("data", 2))
+    until(step_reached("data", 2), seconds=120)
     if whom == "shell":  # as --signal=B:TERM does it
         job.send_signal(signal.SIGTERM)
     else:  # the runner gets it twice, from Slurm and from the shell
         os.killpg(job.pid, signal.SIGTERM)
-    out, _ = job.communicate(timeout=20)
+    out, _ = job.communicate(timeout=120)
     assert job.returncode == 143, out
     saved = int(out.split("saved at step ")[1].split(".")[0])
     assert (cluster / "told").read_text() == "scontrol requeue 101\n"
     Path("script.json").write_text(json.dumps({"data": {"steps": saved + 1}}))
     ran(Path())
     again = started(cluster, "101")
-    assert again.communicate(timeout=20)
+    assert again.communicate(timeout=120)
     assert again.returncode == 0
     assert ran(Path()) == [f"data from {saved}"]
 
@@ -300,10 +300,10 @@ def test_what_is_queued_again(
     monkeypatch.setenv("FINGERPRINT", found[1])
     (cluster / "queue").write_text(f"{state}\n")
     job = started(cluster, "101")
-    until(Path("started").exists)
+    until(Path("started").exists, seconds=60)
     time.sleep(0.1)
     job.send_signal(signal.SIGTERM)
-    out, _ = job.communicate(timeout=20)
+    out, _ = job.communicate(timeout=120)
     assert job.returncode == 143
     assert said in out
     assert (cluster / "told").exists() == bool(told)
@@ -316,7 +316,7 @@ def test_a_stage_that_fails_is_not_queued_again(cluster: Path, instructrl: Instr
     instructrl("data", "recipe=base.yaml", "--slurm")
     (cluster / "queue").write_text("RUNNING\n")
     job = started(cluster, "101")
-    out, _ = job.communicate(timeout=20)
+    out, _ = job.communicate(timeout=120)
     assert job.returncode == 1
     assert "out of cheese" in out
     assert not (cluster / "told").exists()
@@ -328,7 +328,7 @@ def test_editing_the_recipe_after_submission_changes_nothing(
     instructrl("data", "recipe=base.yaml", "seed=3", "--slurm")
     Path("base.yaml").write_text("nonsense: 1\n")
     job = started(cluster, "101")
-    out, _ = job.communicate(timeout=20)
+    out, _ = job.communicate(timeout=120)
     assert job.returncode == 0, out
     [order] = Path().glob("artifacts/data/*/order.json")
     assert json.loads(order.read_text())["recipe"]["seed"] == 3
@@ -352,7 +352,7 @@ def test_only(here: Path, instructrl: Instructrl, fakes: None) -> None:
 def test_what_other_jobs_of_a_sweep_refer_to_is_kept(cluster: Path, instructrl: Instructrl, fakes: None) -> None:
     instructrl("data", "recipe=base.yaml", "seed=1,2", "-m", "--slurm")
     for number in jobs(cluster):
-        assert started(cluster, number).wait(timeout=20) == 0
+        assert started(cluster, number).wait(timeout=120) == 0
     assert len(list(Path().glob("artifacts/data/*/manifest.json"))) == 2
     assert "nothing to clean" in instructrl("clean", "recipe=base.yaml").out
 
