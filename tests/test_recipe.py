@@ -69,7 +69,6 @@ def test_shipped_runtimes_compose(name: str) -> None:
         ("one-gpu", "python -m instructrl.worker"),
         ("eight-gpus", "python -m instructrl.torchrun --nproc-per-node=8 --standalone"),
         ("two-nodes", "mpirun -np 2 -npernode 1 python -m instructrl.torchrun --nproc-per-node=8 --nnodes=2"),
-        ("slurm", "python -m instructrl.torchrun --nproc-per-node=8 --standalone"),
     ],
 )
 def test_each_machine_starts_its_processes(monkeypatch: pytest.MonkeyPatch, machine: str, starts: str) -> None:
