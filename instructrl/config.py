@@ -548,6 +548,15 @@ class Runtime(Section):
     threads: PositiveInt | None = None
     """CPU threads a stage; null: torch's default. Very small models are faster on one."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    num_processes: PositiveInt = 1
+    """Processes of a stage on each node, one a GPU. They share a recipe's batches, and end where one process does, to
+    rounding. `data`, `pretrain` and `label` have one process all the same. See docs/scaling.md."""
+    nodes: PositiveInt = 1
+    """Machines that share a stage's work, and a file system for `output_dir`."""
+    node_command: str = "srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --kill-on-bad-exit=1"
+    """What starts the command that follows it once on each of several nodes; {nodes} is their number."""
+    rdzv_endpoint: str | None = None
+    """`host:port` where the nodes meet, on one of them; null: this host, port 29400."""
     micro_batch_size: PositiveInt = 8
     """Sequences a forward pass in `sft`; prompts a forward pass in `reward_model`."""
     max_tokens: PositiveInt = 4096
@@ -570,6 +579,11 @@ class Runtime(Section):
     """Never look at the Hub: only what is on this disk. A `tracker` keeps its runs there, too."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio", "mlflow"] = "none"
     """Where training is watched: a run a stage, in a group that is the recipe's. See docs/trackers.md."""
+
+    @property
+    def ranks(self) -> int:
+        """Processes of a stage on all nodes."""
+        return self.nodes * self.num_processes
 
 
 class Recipe(Section):

@@ -7,6 +7,7 @@ import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from instructrl.config import Recipe
 
@@ -75,20 +76,22 @@ def shortened(text: str, most: int = 300) -> str:
 
 
 def cause(
-    said: dict[str, str], code: int, lines: Sequence[str], starved: bool, stage: str, recipe: Recipe, folder: Path
+    said: dict[str, Any], code: int, lines: Sequence[str], starved: bool, stage: str, recipe: Recipe, folder: Path
 ) -> str:
     """What to tell about a stage's process that failed: `failed: ...`, `ran out of memory: ...`.
 
     Args:
-        said: what it left in `error.json`.
+        said: what it left in `error.json`, or the parent of several: {rank, ranks, code} of one that a signal killed.
         code: its exit status; below 0 it is the signal's.
         lines: the last ones of its log.
         starved: the kernel has killed for want of memory since it began.
     """
-    if said:
+    if "message" in said:
         return said.get("cause") or f"failed: {said['message']}"
+    lost = f"ended with its rank {said['rank']} of {said['ranks']}, which " if said else ""
+    code = int(said.get("code", code))
     if code == -signal.SIGKILL and starved:
-        return killed_for_memory(stage, recipe)
+        return lost + killed_for_memory(stage, recipe)
     recognisable = recognised("\n".join(lines), stage, recipe, folder)
     if recognisable:
         return recognisable
@@ -96,7 +99,7 @@ def cause(
         return no_space(folder)
     if code < 0:
         hint = "; was this machine out of memory?" if code == -signal.SIGKILL else ""
-        return f"was killed by {signal.Signals(-code).name}{hint}"
+        return f"{lost}was killed by {signal.Signals(-code).name}{hint}"
     return f"ended with status {code}"
 
 

@@ -13,7 +13,7 @@ from instructrl.errors import StageFailed, UserError
 from instructrl.graph import Place, graph, located
 from instructrl.key import sentence
 from instructrl.keys import closest, did_you_mean
-from instructrl.launch import check_tracker, check_trainers
+from instructrl.launch import check_processes, check_tracker, check_trainers
 from instructrl.pipeline import LAST, NAMES, ordered, stages
 from instructrl.plan import StagePlan, make_plan
 from instructrl.points import compose_points
@@ -124,6 +124,7 @@ def run(planned: list[Job], command: list[str]) -> None:
     for one in planned:
         if one.runs:
             check_tracker(one.composition.recipe)
+        check_processes(one.plan, one.composition.recipe)
         check_trainers(one.plan, one.composition.recipe)
     note_references(planned)
     nodes, sweep = graph(planned), len(planned) > 1

@@ -2,6 +2,8 @@
 
 import json
 import os
+import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,9 +13,11 @@ from typing import Any
 
 from instructrl.config import Recipe
 from instructrl.errors import StageFailed, UserError
+from instructrl.pipeline import Stage
 from instructrl.plan import StagePlan
 from instructrl.stages import endpoint
 
+PORT = 29400  # torchrun's own
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "mlflow": ("mlflow", "mlflow-skinny")}
 """`runtime.tracker` -> the packages that will do, if not that of its name."""
 
@@ -21,13 +25,49 @@ TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "mlflow": ("mlflow",
 def environment(recipe: Recipe) -> dict[str, str]:
     """The stage's environment: what must be set before torch or a Hugging Face library is imported."""
     runtime = recipe.runtime
-    threads = runtime.threads or (max(1, (os.cpu_count() or 1) // runtime.jobs) if runtime.jobs > 1 else None)
+    beside = runtime.jobs * runtime.num_processes
+    threads = runtime.threads or (max(1, (os.cpu_count() or 1) // beside) if beside > 1 else None)
     added = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     if threads and not (runtime.threads is None and "OMP_NUM_THREADS" in os.environ):
         added["OMP_NUM_THREADS"] = str(threads)
     if runtime.offline:
         added |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     return os.environ | added
+
+
+def command(stage: Stage, recipe: Recipe, folder: Path) -> list[str]:
+    """What starts the stage whose order lies in the folder: a process, or the parent of several."""
+    worker, runtime = ["-m", "instructrl.worker", str(folder)], recipe.runtime
+    if not stage.distributed or runtime.ranks == 1:
+        return [sys.executable, *worker]
+    parent = [sys.executable, "-m", "instructrl.torchrun", f"--nproc-per-node={runtime.num_processes}"]
+    if runtime.nodes == 1:  # they meet on the loopback device: what the host's own name resolves to may not be there
+        return [*parent, "--standalone", "--local-addr=127.0.0.1", *worker]
+    where = runtime.rdzv_endpoint or f"{platform.node()}:{PORT}"
+    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={where}", f"--rdzv-id={folder.parent.name}-{folder.stem}"]
+    everywhere = shlex.split(runtime.node_command.replace("{nodes}", str(runtime.nodes)))
+    return [*everywhere, *parent, f"--nnodes={runtime.nodes}", *meeting, *worker]
+
+
+def check_processes(plan: Sequence[StagePlan], recipe: Recipe) -> None:
+    """Miss a batch that the processes cannot share before anything trains.
+
+    Raises:
+        UserError: it is not a multiple of their number.
+    """
+    processes = recipe.runtime.ranks
+    key = "runtime.num_processes" if recipe.runtime.nodes == 1 else "runtime.nodes * runtime.num_processes"
+    for name in (step.stage.name for step in plan if step.runs and step.stage.distributed):
+        section = getattr(recipe, "reward_model" if name == "judge" else name)
+        whole, of = getattr(section, "batch_size", processes), ""
+        if name in ("ppo", "ppo_ptx"):
+            whole, of = section.batch_size // section.num_mini_batches, f" / {name}.num_mini_batches"
+        if whole % processes:
+            fitting = max(number for number in range(1, processes) if whole % number == 0)
+            raise UserError(
+                f"{name}.batch_size{of} = {whole} cannot be shared by {key} = {processes} processes: make it a "
+                f"multiple of them, or take {fitting}."
+            )
 
 
 def check_trainers(plan: Sequence[StagePlan], recipe: Recipe) -> None:

@@ -17,6 +17,7 @@ class Stage:
     version: int = 1  # raise it when the code computes something else for the same recipe
     module: str = ""  # in `instructrl/stages/`; empty: the stage's own name
     makes: str = ""  # one line for `--help`
+    distributed: bool = False  # shares its work among `runtime.num_processes`; else it is one process
 
 
 NAMES = ("data", "pretrain", "sft", "label", "reward_model", "judge", "ppo_init", "ppo", "ppo_ptx", "eval")
@@ -40,6 +41,7 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
             needs=("data", *base),
             version=2,
             makes="the supervised policy",
+            distributed=True,
         ),
         Stage("label", reads=("label", "seed"), needs=("data", "sft"), makes="rankings of the SFT model's own answers"),
         Stage(
@@ -48,6 +50,7 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
             needs=("data", "sft", *ranked),
             version=2,
             makes="the reward model",
+            distributed=True,
         ),
         Stage(
             "judge",
@@ -56,6 +59,7 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
             version=2,
             module="reward_model",
             makes="a reward model for eval, from rankings held out for it",
+            distributed=True,
         ),
         Stage(
             "ppo_init",
@@ -63,6 +67,7 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
             needs=("data", *base),
             version=2,
             makes="the policy that PPO starts from",
+            distributed=True,
         ),
         Stage(
             "ppo",
@@ -70,6 +75,7 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
             needs=("data", recipe.ppo.init, "reward_model"),
             version=2,
             makes="the PPO policy",
+            distributed=True,
         ),
         Stage(
             "ppo_ptx",
@@ -78,6 +84,7 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
             version=2,
             module="ppo",
             makes="the PPO-ptx policy",
+            distributed=True,
         ),
         Stage(
             "eval",
@@ -85,6 +92,7 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
             needs=("data", *base, "sft", *ranked, "reward_model", *judge, "ppo", "ppo_ptx"),
             version=4,
             makes="win rates, the alignment tax and the report",
+            distributed=True,
         ),
     )
     left_out = {"pretrain", "label", "judge", "ppo_init"} - {*base, *ranked, *judge, *init}

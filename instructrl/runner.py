@@ -24,7 +24,7 @@ from instructrl.display import Display
 from instructrl.errors import StageFailed, UserError
 from instructrl.failure import cause, oom_kills, writing
 from instructrl.graph import Node, Place
-from instructrl.launch import environment
+from instructrl.launch import command, environment
 from instructrl.packages import packages
 from instructrl.plan import checkpoint_steps, continues, origin
 from instructrl.progress import read_progress
@@ -201,6 +201,13 @@ class Run:
             if not (partial / RESULT).exists():  # else an orphan finished the work after its runner was killed
                 recipe = node.recipe.model_dump(mode="json")
                 recipe["runtime"]["jobs"] = jobs
+                processes = node.recipe.runtime.ranks if step.stage.distributed else 1
+                before = begun.get("processes", processes)
+                if before != processes and checkpoint_steps(partial):
+                    self.display.say(
+                        f"{label}: goes on with {counted(processes)} from a checkpoint of {counted(before)}, so that "
+                        "it ends as without the interruption to rounding, not to the bit"
+                    )
                 order = {
                     "stage": name,
                     "module": step.stage.module or name,
@@ -208,6 +215,7 @@ class Run:
                     "inputs": {need: str(artifact.path) for need, artifact in inputs.items()},
                     **origin(inputs),
                     "forced": step.forced,
+                    "processes": processes,
                     "spent": begun.get("spent", 0.0),  # seconds, by earlier attempts
                     "memory": begun.get("memory", 0),  # bytes, by the hungriest of them
                     "started": time.time(),
@@ -219,6 +227,7 @@ class Run:
             spent = order["spent"] + max(0.0, (partial / RESULT).stat().st_mtime - order["started"])
             metrics = read_json(partial / RESULT)
             how = made(spent, self.command) | ({"memory": order["memory"]} if order.get("memory") else {})
+            how |= {"processes": order["processes"]} if order.get("processes", 1) > 1 else {}
             artifact = store.publish(name, key, digests, how, metrics)
         self.display.end(label, spent, metrics)
         return artifact
@@ -254,7 +263,7 @@ class Run:
                 if self.stop_signal:
                     raise StageFailed(f"{name}: stopped before it began.")
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "instructrl.worker", str(partial)],
+                    command(node.step.stage, node.recipe, partial),
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
@@ -361,6 +370,11 @@ def waited(process: subprocess.Popen[bytes]) -> tuple[int, int]:
         return process.wait(), 0
     process.returncode = os.waitstatus_to_exitcode(status)
     return process.returncode, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def counted(processes: int) -> str:
+    """`1 process`, `2 processes`."""
+    return f"{processes} process{'es' * (processes > 1)}"
 
 
 def made(seconds: float, command: Sequence[str]) -> dict:

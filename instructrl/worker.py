@@ -9,7 +9,10 @@ import importlib
 import json
 import math
 import os
+import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
@@ -26,6 +29,8 @@ from instructrl.failure import explained
 def main(folder: Path) -> int:
     """Run the stage whose order lies in the folder. Returns the exit status; `error.json` says what went wrong."""
     recipe = None
+    if ranks() > 1:
+        join()
     try:
         order = json.loads((folder / ORDER).read_text())
         recipe = Recipe.model_validate(order["recipe"])
@@ -35,7 +40,8 @@ def main(folder: Path) -> int:
         with tracked(order["stage"], recipe, folder) as track:
             metrics = finite(module.run(order["stage"], recipe, inputs, folder))
             track(metrics)
-        write_atomically(folder / RESULT, json.dumps(metrics, indent=2))
+        if rank() == 0:
+            write_atomically(folder / RESULT, json.dumps(metrics, indent=2))
     except UserError as error:
         return report(folder, str(error), error.exit_code)
     except Exception as error:
@@ -48,10 +54,34 @@ def main(folder: Path) -> int:
     return 0
 
 
+def rank() -> int:
+    """Which of the stage's processes this is, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def ranks() -> int:
+    """How many processes the stage has."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join() -> None:
+    """Be one of several: end if their parent ends, which holds the lock, and let only rank 0 print."""
+    parent = os.getppid()
+
+    def follow() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=follow, daemon=True).start()
+    if rank() != 0:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (until the process ends)
+
+
 @contextmanager
 def tracked(stage: str, recipe: Recipe, folder: Path) -> Generator[Callable[[dict[str, Any]], None]]:
     """The stage's run in `runtime.tracker`; what it yields is to be told what the stage found in the end."""
-    if recipe.runtime.tracker == "none" or os.environ.get("RANK", "0") != "0":
+    if recipe.runtime.tracker == "none" or rank() != 0:
         yield lambda metrics: None
         return
     from instructrl.stages import tracker
@@ -75,6 +105,8 @@ def report(folder: Path, message: str, exit_code: int, cause: str | None = None)
     Where even that cannot be written, the runner finds out by itself."""
     with suppress(OSError):
         print(cause or message, file=sys.stderr, flush=True)
+        if ranks() > 1 and (folder / ERROR).exists():  # the first rank to fail knows why; the others lost it
+            return exit_code
         said = {"message": message, "exit_code": exit_code} | ({"cause": cause} if cause else {})
         write_atomically(folder / ERROR, json.dumps(said))
     return exit_code

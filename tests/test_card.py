@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -362,6 +363,23 @@ def test_a_column_with_another_value_in_every_row(tmp_path: Path):
     shown = grid(section(text, "Sizes"))
     assert sum(int(row[2].replace(",", "")) for row in shown[2:]) == 1500
     assert len(shown) == 2 + card_tables.MOST_ROWS + 1
+
+
+def test_no_more_of_a_large_table_is_held_than_of_a_small_one(tmp_path: Path):
+    held = []
+    for rows in (4_000, 40_000):
+        path, now = tmp_path / f"{rows}.parquet", []
+        write_table(path, ({"prompt": f"{n} " * 50, "user": f"user {n}"} for n in range(rows)), PROMPTS)
+
+        def count(texts: list[str], now: list[int] = now) -> list[int]:
+            now.append(pyarrow.total_allocated_bytes())
+            return [len(text) for text in texts]
+
+        before = pyarrow.total_allocated_bytes()
+        assert tally.tally(path, count).rows == rows
+        held.append(max(now) - before)
+    small, large = held
+    assert large < 1.5 * small
 
 
 def test_the_same_tables_give_the_same_bytes(tmp_path: Path, tables: dict[str, list[dict]]):

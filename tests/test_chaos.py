@@ -19,5 +19,7 @@ def test_after_every_fault_the_run_ends_as_if_nothing_was(tmp_path):
     ]
     done = subprocess.run([*command, f"--folder={tmp_path}"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1].split() == ["in", "all", "4", "none", "wrong"]
+    *_, times, met, wrong, word = done.stdout.splitlines()[-1].split()
+    assert (times, wrong, word) == ("4", "none", "wrong")
+    assert int(met) >= 1
     assert not list(tmp_path.iterdir())

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import os
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from instructrl.config import SFT, Recipe, RewardModel
 from instructrl.errors import UserError
+from instructrl.stages import ranks
 from instructrl.stages.models import device
 from instructrl.trainers.muon import MuonAdamW, parameter_groups
 
@@ -32,6 +32,7 @@ OWNED = {  # field -> who sets it; {section} is sft, ppo_init or reward_model
     "data_seed": "seed",
     "output_dir": "runtime.output_dir",
     "use_cpu": "runtime.device",
+    "ddp_backend": "runtime.device",
     "activation_checkpointing": "runtime.gradient_checkpointing",
     "gradient_checkpointing": "runtime.gradient_checkpointing",
     "logging_steps": "runtime.logging_steps",
@@ -58,11 +59,12 @@ def trainer_arguments(kind: type[TrainingArguments], recipe: Recipe, section: st
     """
     check_trainer(kind, recipe, section)
     settings, runtime = getattr(recipe, section), recipe.runtime
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = ranks.count()
     if settings.batch_size % processes:
         raise UserError(f"{section}.batch_size={settings.batch_size} cannot be shared by {processes} processes.")
     share = settings.batch_size // processes
     micro = largest_divisor(share, runtime.micro_batch_size)
+    where = device(recipe)
     defaults = {"weight_decay": 0.0, "max_grad_norm": 1.0, "bf16": runtime.bf16, "report_to": []}
     found = kind(
         output_dir=str(folder),
@@ -77,7 +79,8 @@ def trainer_arguments(kind: type[TrainingArguments], recipe: Recipe, section: st
         adam_beta2=settings.adam_beta2,
         max_length=None,  # what is too long is dropped and counted before
         seed=recipe.seed,
-        use_cpu=device(recipe).type == "cpu",
+        use_cpu=where.type == "cpu",
+        ddp_backend="gloo" if where.type == "cpu" and processes > 1 else None,
         activation_checkpointing=runtime.gradient_checkpointing,
         gradient_checkpointing=runtime.gradient_checkpointing,
         logging_steps=runtime.logging_steps,
@@ -85,7 +88,7 @@ def trainer_arguments(kind: type[TrainingArguments], recipe: Recipe, section: st
         save_strategy="no",  # checkpoints.train saves by time
         save_total_limit=2,
         disable_tqdm=True,
-        dataloader_pin_memory=device(recipe).type == "cuda",
+        dataloader_pin_memory=where.type == "cuda",
         **defaults | settings.trainer,
     )
     found._n_gpu = min(found.n_gpu, 1)  # DataParallel would multiply the recipe's batch by the GPUs it sees

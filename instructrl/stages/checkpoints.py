@@ -7,10 +7,11 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, set_seed
 
 from instructrl.progress import Progress
 from instructrl.stages import tracker
@@ -20,6 +21,7 @@ FOLDER = "checkpoints"  # in the stage's folder; deleted when its artifact is pu
 LOG = "log.jsonl"
 MARK = "COMPLETE"
 EX_TEMPFAIL = 75  # sysexits.h: try again later
+RANK_SEED = 100_003  # so far are the seeds of two ranks from each other
 
 SHOWN = {  # names in the log -> names in the progress display
     "loss": "loss",
@@ -74,7 +76,7 @@ class Sums(TrainerCallback):
 
     Trainer begins anew where it resumes, so that the next line would be the mean over fewer steps than without the
     kill, and the mean loss of the training that of its last part. Of a checkpoint saved by another number of ranks,
-    nothing is put back.
+    each takes the ranks' mean, which is all that the log ever shows.
     """
 
     NUMBERS = ("_total_loss_scalar", "_globalstep_last_logged", "_total_train_tokens")
@@ -83,16 +85,23 @@ class Sums(TrainerCallback):
         self.trainer, self.checkpoint = trainer, checkpoint
 
     def on_train_begin(self, args, state, control, **_):
-        saved = Path(self.checkpoint or ".") / self.file(args)
-        if not self.checkpoint or not saved.exists():
+        found = self.saved(args)
+        if not found:
             return
-        found = json.loads(saved.read_text())
         self.trainer._initial_global_step = 0  # the mean loss is that of all steps
         self.trainer._tr_loss += found["loss"]
         for name, value in found["numbers"].items():
             setattr(self.trainer, name, value)
         for name, values in found["metrics"].items():
             self.trainer._metrics["train"][name] = values
+
+    def saved(self, args) -> dict[str, Any]:
+        """What this rank saved in the checkpoint, or the mean over the ranks that there were; {} without any."""
+        folder = Path(self.checkpoint or "nowhere")
+        if (folder / self.file(args)).exists():
+            return json.loads((folder / self.file(args)).read_text())
+        every = [json.loads(path.read_text()) for path in sorted(folder.glob("sums-*.json"))]
+        return every[0] | {"loss": fmean(one["loss"] for one in every)} if every else {}
 
     def on_save(self, args, state, control, **_):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -181,6 +190,8 @@ def train(trainer: Trainer, folder: Path, save_minutes: float = 10.0, tables: Se
     trainer.add_callback(Sums(trainer, resumed))  # before what marks a checkpoint as complete
     trainer.add_callback(checkpoints)
     trainer.add_callback(Log(folder))
+    if trainer.args.process_index:  # dropout is another one on each rank; a checkpoint has the state of each
+        set_seed(trainer.args.seed + RANK_SEED * trainer.args.process_index)
     previous = signal.signal(signal.SIGTERM, checkpoints.stop)
     try:
         with watched(trainer, tables, lambda: last_checkpoint(folder / FOLDER)):

@@ -3,7 +3,8 @@
 GPT is the base model, GPT (prompted) the same behind a few-shot prefix; then SFT, PPO and PPO-ptx. A recipe may ask for
 one more baseline, the best of several of SFT's answers. All answer the same held-out prompts with the same random
 numbers. What a model has done is kept in `checkpoints/`, so that an evaluation that was interrupted goes on with the
-next model, and with the next public task of a model. So are PPO's snapshots (`trajectory.py`).
+next model, and with the next public task of a model. So are PPO's snapshots (`trajectory.py`). Several processes share
+the models; what is said of the answers is one's work.
 """
 
 import json
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from instructrl.config import Recipe
 from instructrl.progress import Progress
-from instructrl.stages import models, report, tax, trajectory
+from instructrl.stages import models, ranks, report, tax, trajectory
 from instructrl.stages.judging import BEST
 from instructrl.stages.numbers import measure
 from instructrl.stages.parallel import forked
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dict:
     """Evaluate the models. Writes `samples.parquet`, `metrics.json` and `report.md`; returns the main numbers."""
     study = Study(recipe, inputs, folder)
-    harness = public_tasks(study)
+    harness, where = public_tasks(study), models.device(recipe)
     snapshots = trajectory.pieces(study)
     progress, steps = Progress(folder), len(study.names) + len(snapshots) + 2 + (len(harness) if harness else 0)
 
@@ -40,20 +41,28 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
             trajectory.ask(study, piece, snapshots[piece])
         else:
             study.ask(piece)
-        progress.update(done(), steps)
+        tell(done())
 
-    progress.update(done(), steps)
+    def tell(step: int) -> None:
+        if ranks.rank() == 0:
+            progress.update(step, steps)
+
+    tell(done())
     longest_first = [*sorted(study.names, key=lambda name: name != BEST), *snapshots]
-    forked(ask, longest_first, recipe.runtime.jobs, models.device(recipe))
+    forked(ask, ranks.share(longest_first), recipe.runtime.jobs, where)
+    ranks.meet(where)
     for model in study.names:
         study.read(model)
     if harness:
         forked(
-            lambda model: harness.ask(model, lambda: progress.update(done(), steps)),
-            harness.names,
+            lambda model: harness.ask(model, lambda: tell(done())),
+            ranks.share(harness.names),
             recipe.runtime.jobs,
-            models.device(recipe),
+            where,
         )
+        ranks.meet(where)
+    if ranks.rank() != 0:
+        return {}
     progress.update(steps - 2, steps)
     scores = Scores(study)
     progress.update(steps - 1, steps)

@@ -19,6 +19,7 @@ from transformers import (
 
 from instructrl.config import Recipe
 from instructrl.errors import UserError
+from instructrl.stages import ranks
 from instructrl.stages.contract import FILE, Contract
 
 
@@ -31,7 +32,7 @@ def device(recipe: Recipe) -> torch.device:
         raise UserError("runtime.device=cuda: this machine has no CUDA device; set runtime.device=cpu or auto.")
     if wanted == "mps" and not torch.backends.mps.is_available():
         raise UserError("runtime.device=mps: this machine has no Metal device; set runtime.device=cpu or auto.")
-    return torch.device(wanted)
+    return torch.device(wanted, ranks.local_rank()) if wanted == "cuda" and ranks.count() > 1 else torch.device(wanted)
 
 
 def load_tokenizer(path: Path | str, recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -130,13 +131,16 @@ def save(model: PreTrainedModel, contract: Contract, folder: Path, weights: dict
     weights: in place of the model's own.
     """
     save_base(model, contract.tokenizer, folder, weights)
-    contract.save(folder, tokenizer=False)
+    if ranks.rank() == 0:
+        contract.save(folder, tokenizer=False)
 
 
 def save_base(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: dict[str, Tensor] | None = None
 ) -> None:
     """The same without a contract, which only a model that answers prompts has."""
+    if ranks.rank() != 0:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = True  # Trainer switches it off, and a policy that samples without it is slow

@@ -6,6 +6,7 @@ from transformers import PreTrainedModel, set_seed
 
 from instructrl.config import PPO, Recipe
 from instructrl.errors import UserError
+from instructrl.stages import ranks
 from instructrl.stages.checkpoints import FOLDER, train
 from instructrl.stages.contract import Contract
 from instructrl.stages.divergence import Rows
@@ -128,6 +129,7 @@ def arguments(recipe: Recipe, section: PPO, reward_bias: float, checkpoints: Pat
         activation_checkpointing=recipe.runtime.gradient_checkpointing,
         seed=recipe.seed,
         use_cpu=where.type == "cpu",
+        ddp_backend="gloo" if where.type == "cpu" and ranks.count() > 1 else None,
         save_strategy="no",  # checkpoints.train saves by time
         save_total_limit=2,
         report_to=[],

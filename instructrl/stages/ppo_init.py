@@ -11,7 +11,7 @@ from trl import SFTConfig
 
 from instructrl.config import Recipe
 from instructrl.errors import UserError
-from instructrl.stages import benchmarks, models, sft
+from instructrl.stages import benchmarks, models, ranks, sft
 from instructrl.stages.arguments import check_trainer
 from instructrl.stages.contract import Contract, Limits
 from instructrl.stages.tables import read_table
@@ -69,11 +69,12 @@ def document_row(contract: Contract, text: str, cut: int) -> dict[str, list[int]
 
 
 def text_loss(recipe: Recipe, data: Path, model: Path) -> float | None:
-    """Nats a token of held-out text; None without any."""
+    """Nats a token of held-out text; None without any. The ranks share the documents."""
+    ranks.meet(models.device(recipe))  # rank 0 writes the model
     policy, contract = models.load_policy(model, recipe), Contract.load(model)
     cut = min(recipe.ppo_init.ptx_max_length, Limits.of(recipe, policy).both)
     documents = [contract.document(row["text"])[:cut] for row in benchmarks.held_out_text(data, HELD_OUT)]
     pad = contract.tokenizer.pad_token_id
-    found = benchmarks.text_losses(policy, documents, pad, recipe.runtime.max_tokens)
+    found = ranks.gathered(benchmarks.text_losses(policy, ranks.share(documents), pad, recipe.runtime.max_tokens))
     tokens = sum(count for _, count in found)
     return sum(loss for loss, _ in found) / tokens if tokens else None

@@ -15,7 +15,7 @@ from trl import RewardConfig
 
 from instructrl.config import Recipe
 from instructrl.errors import UserError
-from instructrl.stages import lora, models, preferences
+from instructrl.stages import lora, models, preferences, ranks
 from instructrl.stages.arguments import check_trainer, counted, optimizer, trainer_arguments
 from instructrl.stages.checkpoints import FOLDER, train
 from instructrl.stages.contract import Contract, Limits
@@ -142,8 +142,14 @@ def demonstrations_mean(
     every = max(1, len(rows) // BIAS_DEMONSTRATIONS)
     encoded = [(contract.prompt(row["prompt"]), contract.response(row["response"])) for row in rows[::every]]
     sequences = [prompt + response for prompt, response in encoded if limits.problem(prompt, response) is None]
-    scores = score(model, sequences, contract.tokenizer.pad_token_id, recipe.runtime.max_tokens)
+    scores = scored(model, sequences, contract, recipe)
     return sum(scores) / len(scores) if scores else 0.0
+
+
+def scored(model: PreTrainedModel, sequences: list[list[int]], contract: Contract, recipe: Recipe) -> list[float]:
+    """Each sequence's score; the ranks share them."""
+    own = ranks.share(sequences)
+    return ranks.gathered(score(model, own, contract.tokenizer.pad_token_id, recipe.runtime.max_tokens))
 
 
 def measure(model: PreTrainedModel, contract: Contract, rows: list[dict], held_out: list[dict], recipe: Recipe) -> dict:
@@ -156,7 +162,7 @@ def measure(model: PreTrainedModel, contract: Contract, rows: list[dict], held_o
         world's truth), each null where the data has none; by_source.
     """
     flat = [ids for row in held_out for ids in row["completion_ids"]]
-    scores = iter(score(model, flat, contract.tokenizer.pad_token_id, recipe.runtime.max_tokens))
+    scores = iter(scored(model, flat, contract, recipe))
     for row in held_out:
         row["scores"] = [next(scores) for _ in row["ranks"]]
     sources = sorted({row["source"] for row in held_out})

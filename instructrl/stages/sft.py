@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset, disable_progress_bars
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, set_seed
 from trl import SFTConfig, SFTTrainer
 
@@ -23,6 +25,7 @@ from instructrl.stages.tables import read_table
 from instructrl.trainers.actor_critic import network
 from instructrl.trainers.rollout import length_batches
 from instructrl.trainers.sampler import LengthBuckets
+from instructrl.trainers.shares import as_forward, batch_size, train_dataloader
 
 
 def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dict:
@@ -158,29 +161,61 @@ class FastSFTTrainer(SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthBuckets:
         rows = self.train_dataset if train_dataset is None else train_dataset
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthBuckets([len(ids) for ids in rows["input_ids"]], batch_size, self.args.seed)
+        return LengthBuckets([len(ids) for ids in rows["input_ids"]], batch_size(self), self.args.seed)
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.args.world_size == 1 or self.args.packing:
+            return super().get_train_dataloader()
+        return train_dataloader(self, self._get_train_sampler(), unlabelled)
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        """All rows on every process: the loss is a mean over batches, and other batches would make it another one."""
+        loader = super().get_eval_dataloader(eval_dataset)
+        shard = loader.batch_sampler
+        if isinstance(shard, BatchSamplerShard):
+            shard.num_processes, shard.process_index, shard.even_batches = 1, 0, False
+        return loader
+
+    def evaluation_loop(self, *args, **options):
+        self.gather_function = lambda losses: self.accelerator.gather_for_metrics(losses)[: len(losses)]  # one's own
+        return super().evaluation_loop(*args, **options)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        plain = model is self.model and model.config.model_type in self.PLAIN and self.args.loss_type == "nll"
+        plain = self.model.config.model_type in self.PLAIN and self.args.loss_type == "nll"
         plain = plain and "attention_mask" in inputs and not self.args.bf16  # packed rows have no mask
-        if return_outputs or not plain or model.device.type != "cpu" or self.label_smoother is not None:
+        if return_outputs or not plain or self.model.device.type != "cpu" or self.label_smoother is not None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        inner = network(model)
-        hidden, targets = labelled(inner, inputs, self.max_tokens)
-        logprobs = inner.get_output_embeddings()(hidden).float().log_softmax(-1)  # [tokens, vocabulary]
+        inner = network(self.model)
+
+        def predict() -> tuple[Tensor, Tensor]:
+            hidden, targets = labelled(inner, inputs, self.max_tokens)
+            return inner.get_output_embeddings()(hidden).float().log_softmax(-1), targets  # [tokens, vocabulary]
+
+        logprobs, targets = as_forward(model, self.model, predict)
         self._count(logprobs.detach(), targets, inputs["attention_mask"])
-        tokens = len(targets) if num_items_in_batch is None else num_items_in_batch
-        return F.nll_loss(logprobs, targets, reduction="sum") / max(int(tokens), 1)
+        loss = F.nll_loss(logprobs, targets, reduction="sum")
+        if num_items_in_batch is None:
+            return loss / max(len(targets), 1)
+        return loss / max(int(num_items_in_batch), 1) * self.args.world_size  # gradients are averaged over processes
 
     def _count(self, logprobs: Tensor, targets: Tensor, attention_mask: Tensor) -> None:
         """TRL's metrics: the mean entropy of the next token, and how often the likeliest one is right."""
         mode = "train" if self.model.training else "eval"
-        self._metrics[mode]["entropy"].append(-(logprobs.exp() * logprobs).sum(-1).mean().item())
-        self._metrics[mode]["mean_token_accuracy"].append((logprobs.argmax(-1) == targets).float().mean().item())
+        entropy, right = -(logprobs.exp() * logprobs).sum(), (logprobs.argmax(-1) == targets).sum()
+        tokens = attention_mask.sum() * bool(len(targets))  # a row without a label is another process's
+        sums = torch.stack([entropy.double(), right.double(), tokens.double()])
+        sums = torch.cat([sums, sums.new_tensor([len(targets)])])
+        entropy, right, tokens, count = (self.accelerator.reduce(sums) if mode == "train" else sums).tolist()
+        self._metrics[mode]["entropy"].append(entropy / max(count, 1))
+        self._metrics[mode]["mean_token_accuracy"].append(right / max(count, 1))
         if mode == "train":
-            self._total_train_tokens += int(attention_mask.sum())
+            self._total_train_tokens += int(tokens)
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+
+def unlabelled(row: dict) -> dict:
+    """The row without a token that counts."""
+    return row | {"labels": [-100] * len(row["input_ids"])}
 
 
 def labelled(model: PreTrainedModel, inputs: dict[str, Tensor], max_tokens: int) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from instructrl.config import PPO, Recipe
 from instructrl.errors import UserError
+from instructrl.stages import ranks
 from instructrl.stages.arguments import largest_divisor
 from instructrl.stages.checkpoints import FOLDER, LOG
 from instructrl.stages.divergence import check_finite
@@ -99,7 +100,7 @@ def check(name: str, recipe: Recipe) -> None:
             f"{name}.whiten_rewards=True: TRL's PPOTrainer whitens in minibatches of 8 episodes or more; lower "
             f"{name}.num_mini_batches={section.num_mini_batches}."
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if max(ranks.count(), recipe.runtime.ranks) > 1:
         raise UserError(f"{name}.backend=trl runs in one process; use {name}.backend=instructrl with several.")
     try:
         trl_ppo()

@@ -8,12 +8,14 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 
 from instructrl.trainers.losses import kwise_loss
 from instructrl.trainers.rollout import length_batches, score_rewards
 from instructrl.trainers.sampler import LengthBuckets
+from instructrl.trainers.shares import as_forward, batch_size, train_dataloader
 
 
 @dataclass
@@ -78,13 +80,17 @@ class KWiseRewardTrainer(RewardTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthBuckets:
         rows = self.train_dataset if train_dataset is None else train_dataset
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         lengths = [sum(map(len, completions)) for completions in rows["completion_ids"]]
-        return LengthBuckets(lengths, batch_size, self.args.seed)
+        return LengthBuckets(lengths, batch_size(self), self.args.seed)
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.args.world_size == 1:
+            return super().get_train_dataloader()
+        return train_dataloader(self, self._get_train_sampler(), all_tied)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """Prompts of an optimizer step, over all its micro-batches and processes."""
-        prompts = torch.tensor(sum(len(batch["group"].unique()) for batch in batch_samples), device=device)
+        prompts = torch.tensor(sum(prompts_with_a_pair(batch) for batch in batch_samples), device=device)
         return self.accelerator.gather(prompts).sum()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -97,7 +103,7 @@ class KWiseRewardTrainer(RewardTrainer):
             centre = ((scores[better] + scores[worse]) ** 2 / sizes).sum() / len(group.unique())
             loss = loss + self.args.center_rewards_coefficient * centre
         if num_items_in_batch is not None:  # a share of the batch's mean; processes are averaged afterwards
-            loss = loss * len(group.unique()) / num_items_in_batch * self.accelerator.num_processes
+            loss = loss * prompts_with_a_pair(inputs) / num_items_in_batch * self.accelerator.num_processes
         self._count(scores.detach(), better, worse, inputs["attention_mask"])
         return (loss, {"logits": scores[:, None]}) if return_outputs else loss
 
@@ -108,32 +114,41 @@ class KWiseRewardTrainer(RewardTrainer):
         backward pass follows all the same: loss and gradient do not change.
         """
         lengths = attention_mask.sum(1).tolist()
-        # DDP expects one forward pass a backward pass; a GPU is faster with one large pass than with several small ones
-        whole = model is not self.model or input_ids.device.type != "cpu"
+        whole = input_ids.device.type != "cpu"  # a GPU is faster with one large pass than with several small ones
         batches = [list(range(len(lengths)))] if whole else length_batches(lengths, self.max_tokens)
-        scores = []
-        for rows in batches:
-            longest = max(lengths[row] for row in rows)
-            ids, mask = input_ids[rows, :longest], attention_mask[rows, :longest]
-            scores.append(model(input_ids=ids, attention_mask=mask, use_cache=False).logits.squeeze(-1))
+
+        def read() -> Tensor:
+            scores = []
+            for rows in batches:
+                longest = max(lengths[row] for row in rows)
+                ids, mask = input_ids[rows, :longest], attention_mask[rows, :longest]
+                scores.append(self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.squeeze(-1))
+            return torch.cat(scores)
+
         order = torch.tensor([row for rows in batches for row in rows], device=input_ids.device)
-        return torch.cat(scores)[order.argsort()]
+        return as_forward(model, self.model, read)[order.argsort()]
 
     def _count(self, scores: Tensor, better: Tensor, worse: Tensor, attention_mask: Tensor) -> None:
         """TRL's metrics, over pairs."""
         mode = "train" if self.model.training else "eval"
         metrics = self._metrics[mode]
-        margin = scores[better] - scores[worse]
+        margin, scores = scores[better] - scores[worse], scores.double()
+        counts = len(margin) > 0  # else another process has these, too
+        sums = [(margin > 0).sum(), margin.sum(), torch.tensor(len(margin)), scores.sum(), torch.tensor(len(scores))]
+        own = torch.stack([one.to(scores) * counts for one in (*sums, attention_mask.sum())])
+        ends = torch.stack([scores.min(), -scores.max()]) if counts else scores.new_full((2,), torch.inf)
+        right, total, pairs, score, sequences, tokens = self.accelerator.reduce(own).tolist()
+        least, most = self.accelerator.gather(ends[None]).min(0).values.tolist()
         for name, value in (
-            ("accuracy", (margin > 0).float().mean()),
-            ("margin", margin.mean()),
-            ("min_reward", scores.min()),
-            ("mean_reward", scores.mean()),
-            ("max_reward", scores.max()),
+            ("accuracy", right / pairs),
+            ("margin", total / pairs),
+            ("min_reward", least),
+            ("mean_reward", score / sequences),
+            ("max_reward", -most),
         ):
-            metrics[name].append(self.accelerator.gather(value).mean().item())
+            metrics[name].append(value)
         if mode == "train":
-            self._total_train_tokens += int(self.accelerator.gather(attention_mask.sum()).sum())
+            self._total_train_tokens += int(tokens)
         metrics["num_tokens"] = [self._total_train_tokens]
 
 
@@ -141,6 +156,16 @@ def untied_pairs(group: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
     """Indices of the pairs to compare: group [S], rank [S] -> better [pairs], worse [pairs]."""
     above = (group[:, None] == group[None, :]) & (rank[:, None] < rank[None, :])
     return above.nonzero(as_tuple=True)
+
+
+def prompts_with_a_pair(batch: dict[str, Tensor]) -> int:
+    """How many of a batch's prompts teach something."""
+    return len(batch["group"][untied_pairs(batch["group"], batch["rank"])[0]].unique())
+
+
+def all_tied(ranking: dict[str, Any]) -> dict[str, Any]:
+    """The ranking without a pair."""
+    return ranking | {"ranks": [1] * len(ranking["ranks"])}
 
 
 def tokenize(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

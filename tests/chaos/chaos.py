@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -53,6 +52,7 @@ class Trial:
     beside: list[subprocess.Popen[bytes]] = field(default_factory=list)  # further runners
     undo: list[Callable[[], None]] = field(default_factory=list)
     said: str = ""
+    met: bool = False  # whether it was still running then
     runner: subprocess.Popen[bytes] | None = None
 
     @property
@@ -202,6 +202,7 @@ def run(trial: Trial, fault: str) -> list[str]:
     problems: list[str] = []
     trial.runner = trial.start()
     time.sleep(trial.moment)
+    trial.met = trial.runner.poll() is None
     FAULTS[fault](trial)
     codes = [process.wait(PATIENCE) for process in (trial.runner, *trial.beside)]
     if fault in UNHARMED and any(codes):
@@ -266,6 +267,7 @@ class Outcome:
     fault: str
     stage: str
     moment: float
+    met: bool
     said: str
     problems: list[str]
     seconds: float
@@ -295,7 +297,7 @@ def attempt(
         subprocess.run(["umount", "--lazy", trial.store], check=False)
     if not problems:
         shutil.rmtree(trial.folder)
-    return Outcome(number, fault, stage, trial.moment, trial.said, problems, time.monotonic() - began)
+    return Outcome(number, fault, stage, trial.moment, trial.met, trial.said, problems, time.monotonic() - began)
 
 
 def undisturbed(scratch: Path, targets: list[str]) -> dict[str, float]:
@@ -311,11 +313,14 @@ def undisturbed(scratch: Path, targets: list[str]) -> dict[str, float]:
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """Fault, times, outcome."""
-    times, wrong = Counter(o.fault for o in outcomes), Counter(o.fault for o in outcomes if o.problems)
-    rows = [f"{fault:<26}{times[fault]:>6}   {wrong[fault] or 'none'} wrong" for fault in FAULTS if times[fault]]
-    total = f"{'in all':<26}{len(outcomes):>6}   {sum(wrong.values()) or 'none'} wrong"
-    return "\n".join([f"{'fault':<26}{'times':>6}   outcome", *rows, total])
+    """Fault, how often, how often while the command still ran, and the outcome."""
+    rows = [("fault", "times", "while it ran", "outcome")]
+    for fault in (*FAULTS, "in all"):
+        its = [outcome for outcome in outcomes if fault in (outcome.fault, "in all")]
+        wrong = sum(bool(outcome.problems) for outcome in its)
+        if its:
+            rows.append((fault, len(its), sum(outcome.met for outcome in its), f"{wrong or 'none'} wrong"))
+    return "\n".join(f"{fault:<26}{times:>6}{met:>15}   {outcome}" for fault, times, met, outcome in rows)
 
 
 def main() -> int:
@@ -345,6 +350,7 @@ def main() -> int:
             outcomes.append(outcome)
             words = [f"{outcome.number:>4}", f"{outcome.fault}, {outcome.stage} after {outcome.moment:.1f} s"]
             words += [
+                "" if outcome.met else "(at its end)",
                 outcome.said,
                 "; ".join(outcome.problems).upper() or "as if nothing was",
                 f"{outcome.seconds:.0f} s",

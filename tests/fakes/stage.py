@@ -22,6 +22,8 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
     end, steps = script.get("end"), script.get("steps", 1)
     stopped: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
+    if int(os.environ.get("RANK", "0")):
+        return other_rank(folder, end, stopped)
     done = [int(mark.parent.name.split("-")[1]) for mark in folder.glob("checkpoints/checkpoint-*/COMPLETE")]
     first = max(done, default=0)
     note(f"{name} from {first}")
@@ -54,6 +56,17 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
         section, key = script["metric"].split(".")
         metrics["metric"] = getattr(getattr(recipe, section), key)
     return metrics
+
+
+def other_rank(folder: Path, end: str | None, stopped: list[int]) -> dict:
+    """What a rank does that writes nothing: it is killed once there is a checkpoint, or works as long as rank 0."""
+    while not stopped and not (folder / "out.txt").exists():
+        if end == "lose rank" and list(folder.glob("checkpoints/*/COMPLETE")):
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.02)
+    if stopped:
+        sys.exit(75)
+    return {}
 
 
 def full(folder: Path) -> None:
