@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 from instructrl import estimate_memory, workload
-from instructrl.config import Recipe
+from instructrl.config import LoRA, Recipe
 from instructrl.data_size import Amounts, amounts
 from instructrl.display import duration
 from instructrl.errors import UserError
@@ -151,8 +151,8 @@ def remedies(recipe: Recipe) -> Iterator[dict[str, dict[str, object]]]:
         together |= {key: values[step] for key, values in smaller.items() if step < len(values)}
         yield {"runtime": dict(together)}
     if recipe.model.lora is None:
-        adapters = {"lora": type(recipe.model).model_validate({"lora": {}}).lora}
-        for model in (adapters, adapters | {"dtype": "bfloat16"}):
+        for precision in ({}, {"dtype": "bfloat16"}):
+            model: dict[str, object] = {"lora": LoRA()} | precision
             yield {"model": model}
             yield {"model": model, "runtime": dict(together)}
 
