@@ -18,7 +18,7 @@ from instructrl.stages import records, sources
 
 SAMPLE = 100
 """Rows read of a file."""
-BEGINNING = 2**16
+BEGINNING = 2**22
 """Bytes decompressed of a file, to see by how much it grows."""
 
 

@@ -15,11 +15,12 @@ from instructrl.trainers.actor_critic import disable_dropout
 from instructrl.trainers.gelu import fuse_gelu
 from instructrl.trainers.packing import Pack
 
+TEXT = {"text": [{"path": "text.txt"}]}
 ROWS, LENGTH, WIDTH = 3, 48, 64
 SIZE = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 4, "max_position_embeddings": 64}
 MODELS = {
-    "gpt2": ("gpt2", "num_hidden_layers", {"n_embd": WIDTH, "n_head": 4, "n_positions": 64, "attn_pdrop": 0.0}),
-    "gpt2 with attention dropout": ("gpt2", "num_hidden_layers", {"n_embd": WIDTH, "n_head": 4, "n_positions": 64}),
+    "gpt2": ("gpt2", "n_layer", {"n_embd": WIDTH, "n_head": 4, "n_positions": 64, "attn_pdrop": 0.0}),
+    "gpt2 with attention dropout": ("gpt2", "n_layer", {"n_embd": WIDTH, "n_head": 4, "n_positions": 64}),
     "gpt_neox": ("gpt_neox", "num_hidden_layers", SIZE),
     "llama": ("llama", "num_hidden_layers", SIZE),
     "qwen2, grouped": ("qwen2", "num_hidden_layers", SIZE | {"num_key_value_heads": 2}),
@@ -27,7 +28,7 @@ MODELS = {
 
 
 def recipe(**sections):
-    return Recipe.model_validate({"data": {"text": [{"path": "text.txt"}]}} | sections)
+    return Recipe.model_validate({"data": TEXT} | sections)
 
 
 def kept(model, call):
@@ -76,7 +77,7 @@ def test_the_four_models_of_ppo_ptx_by_hand():
     """At the step: weights of four models, moments of two, an average, and the policy's gradient three times."""
     shape = Shape("gpt2", 1000, 64, 4, 4, 4, 16, 256, 64, tied=True)
     short = {"total_episodes": 8, "batch_size": 8, "num_mini_batches": 2, "response_length": 16}
-    every = phases("ppo_ptx", recipe(ppo_ptx=short, data={"max_prompt_tokens": 32}), shape, "cuda")
+    every = phases("ppo_ptx", recipe(ppo_ptx=short, data=TEXT | {"max_prompt_tokens": 32}), shape, "cuda")
     found = {phase.name: phase for phase in every}
     policy, scalar = 4 * shape.policy, 4 * shape.scalar
     models = 2 * policy + 2 * scalar + policy + 2 * (policy + scalar)
