@@ -5,12 +5,12 @@ VENV := .venv
 # with the oldest TRL that pyproject.toml allows, the last one that has a PPO trainer
 TRL_MIN := .venv-trl-min
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
-FAST := not slow and not gpu and not network
+FAST := not slow and not gpu and not network and not slurm
 # of what touches TRL
 STAGE_TESTS := $(patsubst %,tests/test_%.py,checkpoints eval label lora models ppo ppo_stage pretrain ranking reward_model sft trl_ppo)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-gpu test-slow test-trl-min parity chaos check bench-ppo bench-reward bench-sft bench-data bench-estimate scorecard clean
+.PHONY: help run test test-gpu test-slow test-slurm test-trl-min parity chaos check bench-ppo bench-reward bench-sft bench-data bench-estimate scorecard clean
 
 help: ## Show these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -27,7 +27,10 @@ test-gpu: $(VENV)/.installed-dev ## Run the tests that need a CUDA device
 	$(VENV)/bin/python -m pytest -m gpu
 
 test-slow: $(VENV)/.installed-dev ## Run the tests that take minutes
-	$(VENV)/bin/python -m pytest -m "slow and not gpu and not network" --numprocesses 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -m "slow and not gpu and not network and not slurm" --numprocesses 2 --dist loadfile
+
+test-slurm: $(VENV)/.installed-dev ## Run the tiny world through a real Slurm of one node (as root)
+	$(VENV)/bin/python -m pytest -m slurm tests/test_slurm_cluster.py
 
 test-trl-min: $(TRL_MIN)/.installed ## Run the tests of the stages and trainers with the oldest TRL
 	$(TRL_MIN)/bin/python -m pytest -m "$(FAST)" --numprocesses 2 --dist loadfile $(STAGE_TESTS)

@@ -9,7 +9,19 @@ import typer
 
 from instructrl import __version__, housekeeping
 from instructrl.errors import UserError
-from instructrl.options import STAGES, DryRun, Force, Jobs, Json, Multirun, Overrides, complete_stage
+from instructrl.options import (
+    STAGES,
+    DryRun,
+    Force,
+    Jobs,
+    Json,
+    Multirun,
+    Only,
+    Overrides,
+    Print,
+    Slurm,
+    complete_stage,
+)
 from instructrl.reporting import commands as reporting
 
 SOMETHING_TO_RUN = 3  # the status of `plan --check`; 1 and 2 are errors
@@ -29,9 +41,11 @@ def run_all(
     force: Force = None,
     multirun: Multirun = False,
     jobs: Jobs = None,
+    slurm: Slurm = False,
+    scripts: Print = False,
 ) -> None:
     """Make all of it, up to the report on five models."""
-    execute(None, overrides, dry_run, force, multirun, jobs)
+    execute(None, overrides, dry_run, force, multirun, jobs, slurm, scripts)
 
 
 @app.command()
@@ -121,8 +135,11 @@ def stage_command(name: str) -> Callable[..., None]:
         force: Force = None,
         multirun: Multirun = False,
         jobs: Jobs = None,
+        slurm: Slurm = False,
+        scripts: Print = False,
+        only: Only = None,
     ) -> None:
-        execute(name, overrides, dry_run, force, multirun, jobs)
+        execute(name, overrides, dry_run, force, multirun, jobs, slurm, scripts, only)
 
     def data_command(
         overrides: Overrides = None,
@@ -130,12 +147,17 @@ def stage_command(name: str) -> Callable[..., None]:
         force: Force = None,
         multirun: Multirun = False,
         jobs: Jobs = None,
+        slurm: Slurm = False,
+        scripts: Print = False,
+        only: Only = None,
         show: Annotated[
             int | None, typer.Option(metavar="N", min=1, help="Show N examples of each set as the model reads them.")
         ] = None,
     ) -> None:
         if show is None or dry_run:
-            execute(name, overrides, dry_run, force, multirun, jobs)
+            execute(name, overrides, dry_run, force, multirun, jobs, slurm, scripts, only)
+        elif slurm:
+            raise UserError("--show shows the data here; leave --slurm out.")
         else:
             show_data(overrides or [], force or [], multirun, show)
 
@@ -170,17 +192,30 @@ def execute(
     force: list[str] | None,
     multirun: bool,
     jobs: int | None,
+    slurm: bool = False,
+    scripts: bool = False,
+    only: str | None = None,
 ) -> None:
-    """Plan, and unless it is a dry run, run. `target` None is the recipe's last stage."""
+    """Plan, and unless it is a dry run, run or submit. `target` None is the recipe's last stage."""
     from instructrl import printout
-    from instructrl.jobs import make_jobs, run
+    from instructrl.jobs import check_alone, make_jobs, run
 
+    if scripts and not slurm:
+        raise UserError("--print shows the scripts that --slurm submits; add --slurm.")
+    if only and (slurm or multirun):
+        raise UserError("--only runs one stage of one recipe here; leave --slurm and --multirun out.")
     arguments = [*(overrides or []), *([f"runtime.jobs={jobs}"] if jobs else [])]
     planned = make_jobs(target, arguments, force or [], multirun)
+    if only:
+        check_alone(planned[0], only)
     if dry_run:
         printout.show_plans(planned)
+    elif slurm:
+        from instructrl.slurm import show_scripts, submit
+
+        show_scripts(planned) if scripts else submit(planned)
     else:
-        run(planned, ["instructrl", *sys.argv[1:]])
+        run(planned, ["instructrl", *sys.argv[1:]], noted=bool(only))
 
 
 def print_version(wanted: bool) -> None:

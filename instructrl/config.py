@@ -6,6 +6,7 @@ A change in `runtime` never re-runs a stage. A change anywhere else re-runs the 
 "Paper" is Ouyang et al. 2022, arXiv 2203.02155. Where a docstring says "our choice", the paper prints no value.
 """
 
+import re
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -536,6 +537,51 @@ class EndpointCalls(Section):
     """Price of a million tokens that are replied."""
 
 
+JOB_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d+):(?P<minutes>[0-5]\d):(?P<seconds>[0-5]\d)")
+
+
+def job_time(value: Any) -> Any:
+    """The value, if it is a time as Slurm writes it.
+
+    Raises:
+        ValueError: it is not; YAML reads 24:00:00 without quotes as the number 86400.
+    """
+    if value is None or (isinstance(value, str) and JOB_TIME.fullmatch(value)):
+        return value
+    raise ValueError("write hours, minutes and seconds in quotes, '24:00:00', with days before them '2-12:00:00'")
+
+
+class Slurm(Section):
+    """What the job of a stage asks Slurm for, with `--slurm`: see docs/slurm.md. Null: the cluster's default."""
+
+    partition: Annotated[str, Field(pattern=r"^\S+$")] | None = None
+    """Several, separated by commas: whichever is free first."""
+    account: Annotated[str, Field(pattern=r"^\S+$")] | None = None
+    time: Annotated[str | None, BeforeValidator(job_time)] = None
+    """The longest that one job may take: '24:00:00', '2-12:00:00'. A stage that trains may take several jobs."""
+    save_seconds: Annotated[int, Field(ge=1, le=65535)] = 300
+    """So long before the end of that time a stage is told to save and leave; its job is then queued again. PPO saves at
+    the end of an iteration, which must not take longer. Our choice."""
+    cpus: PositiveInt | None = None
+    """Cores."""
+    mem_gb: PositiveInt | None = None
+    """Main memory of each node, in Slurm's gigabytes (2^30 bytes)."""
+    gpus: PositiveInt | None = None
+    """GPUs of each node."""
+    extra: tuple[str, ...] = ()
+    """Further lines of the script: options of sbatch (`--qos=low`), and what is to be run before the stage
+    (`module load cuda`)."""
+
+    @model_validator(mode="after")
+    def told_to_save_after_it_began(self) -> "Slurm":
+        if self.time:
+            found = JOB_TIME.fullmatch(self.time)
+            days, hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0, 0)
+            if self.save_seconds >= ((days * 24 + hours) * 60 + minutes) * 60 + seconds:
+                raise ValueError(f"save_seconds={self.save_seconds} is not less than time={self.time}")
+        return self
+
+
 class Runtime(Section):
     """How this machine runs the recipe. Nothing here changes a fingerprint."""
 
@@ -575,6 +621,7 @@ class Runtime(Section):
     logging_steps: PositiveInt = 10
     """Optimizer steps between lines in `log.jsonl`."""
     endpoint: EndpointCalls = EndpointCalls()
+    slurm: Slurm = Slurm()
     offline: bool = False
     """Never look at the Hub: only what is on this disk. A `tracker` keeps its runs there, too."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio", "mlflow"] = "none"

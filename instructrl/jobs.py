@@ -114,19 +114,52 @@ def plan_job(
     return Job(arguments, composition, target, plan, store, force)
 
 
-def run(planned: list[Job], command: list[str]) -> None:
-    """Run the jobs, `runtime.jobs` stages at a time; in a sweep a failed one does not keep the rest from running.
+def check_alone(job: Job, fingerprint: str) -> None:
+    """See that the job's target is what it was, and that nothing else would run.
+
+    Args:
+        fingerprint: the target's, when it was planned before.
 
     Raises:
-        UserError: what went wrong.
+        UserError: it is another by now, or what it is made from is not there.
     """
-    began = time.time()
+    [step] = [step for step in job.plan if step.stage.name == job.target]
+    if step.fingerprint != fingerprint:
+        raise UserError(
+            f"--only {fingerprint}: {job.target} would be {step.fingerprint} now. A file that the recipe names has "
+            "changed since, or a package."
+        )
+    missing = [f"{other.stage.name} ({', '.join(other.why)})" for other in job.plan if other.runs and other != step]
+    if missing:
+        raise UserError(f"--only {fingerprint}: {job.target} needs what would have to run first: {', '.join(missing)}.")
+
+
+def check(planned: Sequence[Job]) -> None:
+    """Find what is missing or refused before anything runs.
+
+    Raises:
+        UserError: a package, an endpoint, or a trainer's setting.
+    """
     for one in planned:
         if one.runs:
             check_tracker(one.composition.recipe)
         check_processes(one.plan, one.composition.recipe)
         check_trainers(one.plan, one.composition.recipe)
-    note_references(planned)
+
+
+def run(planned: list[Job], command: list[str], noted: bool = False) -> None:
+    """Run the jobs, `runtime.jobs` stages at a time; in a sweep a failed one does not keep the rest from running.
+
+    Args:
+        noted: this is a part of a run whose references have been noted, all of them.
+
+    Raises:
+        UserError: what went wrong.
+    """
+    began = time.time()
+    check(planned)
+    if not noted:
+        note_references(planned)
     nodes, sweep = graph(planned), len(planned) > 1
     printout.show_work(planned, nodes)
     runtime = planned[0].composition.recipe.runtime

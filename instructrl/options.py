@@ -52,4 +52,10 @@ Jobs = Annotated[
     int | None,
     typer.Option(metavar="N", min=1, help="Run so many independent stages side by side (runtime.jobs=N)."),
 ]
+Slurm = Annotated[bool, typer.Option("--slurm", help="Submit a Slurm job a stage, and run nothing here.")]
+Print = Annotated[bool, typer.Option("--print", help="With --slurm: print the scripts and submit nothing.")]
+Only = Annotated[
+    str | None,
+    typer.Option(metavar="FINGERPRINT", help="Run this stage alone, if this is still its fingerprint."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

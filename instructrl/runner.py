@@ -353,6 +353,8 @@ class Run:
 
     def stop(self, number: int, _: FrameType | None = None) -> None:
         """The handler of a signal: runs in the main thread, which never holds the guard."""
+        if number == self.stop_signal == signal.SIGTERM and "SLURM_JOB_ID" in os.environ:
+            return  # one is Slurm's own, one its script's: who has no time left sends SIGKILL
         again, self.stop_signal = bool(self.stop_signal), self.stop_signal or number
         with self.guard:
             for process in self.processes.values():
