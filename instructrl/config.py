@@ -563,7 +563,7 @@ class Slurm(Section):
     """So long before the end of that time a stage is told to save and leave; its job is then queued again. PPO saves at
     the end of an iteration, which must not take longer. Our choice."""
     cpus: PositiveInt | None = None
-    """Cores."""
+    """Cores of each node."""
     mem_gb: PositiveInt | None = None
     """Main memory of each node, in Slurm's gigabytes (2^30 bytes)."""
     gpus: PositiveInt | None = None

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -47,6 +48,19 @@ def command(stage: Stage, recipe: Recipe, folder: Path) -> list[str]:
     meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={where}", f"--rdzv-id={folder.parent.name}-{folder.stem}"]
     everywhere = shlex.split(runtime.node_command.replace("{nodes}", str(runtime.nodes)))
     return [*everywhere, *parent, f"--nnodes={runtime.nodes}", *meeting, *worker]
+
+
+def tell(process: "subprocess.Popen[bytes]", stage: Stage, recipe: Recipe) -> None:
+    """Have a stage save and leave.
+
+    Srun does not pass SIGTERM on, but kills what it started. Slurm sends that to it for `scancel --signal`, and lets it
+    take its time; a batch script's shell is not signalled.
+    """
+    runtime, job = recipe.runtime, os.environ.get("SLURM_JOB_ID")
+    if job and stage.distributed and runtime.nodes > 1 and Path(shlex.split(runtime.node_command)[0]).name == "srun":
+        subprocess.Popen(["scancel", "--signal=TERM", job])
+    else:
+        os.killpg(process.pid, signal.SIGTERM)
 
 
 def check_processes(plan: Sequence[StagePlan], recipe: Recipe) -> None:

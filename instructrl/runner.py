@@ -24,7 +24,7 @@ from instructrl.display import Display
 from instructrl.errors import StageFailed, UserError
 from instructrl.failure import cause, oom_kills, writing
 from instructrl.graph import Node, Place
-from instructrl.launch import command, environment
+from instructrl.launch import command, environment, tell
 from instructrl.packages import packages
 from instructrl.plan import checkpoint_steps, continues, origin
 from instructrl.progress import read_progress
@@ -357,9 +357,12 @@ class Run:
             return  # one is Slurm's own, one its script's: who has no time left sends SIGKILL
         again, self.stop_signal = bool(self.stop_signal), self.stop_signal or number
         with self.guard:
-            for process in self.processes.values():
+            for place, process in self.processes.items():
                 try:
-                    os.killpg(process.pid, signal.SIGKILL if again else signal.SIGTERM)
+                    if again:
+                        os.killpg(process.pid, signal.SIGKILL)
+                    else:
+                        tell(process, self.nodes[place].step.stage, self.nodes[place].recipe)
                 except ProcessLookupError:  # it has just ended
                     continue
 

@@ -64,6 +64,8 @@ def script(node: Node, after: Sequence[str]) -> str:
         after: the jobs that must succeed first.
     """
     setup = [line for line in node.recipe.runtime.slurm.extra if not is_option(line)]
+    if nodes_of(node) > 1 and node.recipe.runtime.slurm.cpus:
+        setup.append("export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # which srun does not take over since Slurm 22.05")
     partial = node.store.partial(node.step.stage.name, node.step.key).absolute()
     body = BODY.format(checkpoints=shlex.quote(str(partial / CHECKPOINTS)), command=command(node), stopped=STOPPED)
     return "\n".join(["#!/bin/bash", *(f"#SBATCH {option}" for option in options(node, after)), "", *setup, body])
@@ -71,11 +73,12 @@ def script(node: Node, after: Sequence[str]) -> str:
 
 def options(node: Node, after: Sequence[str]) -> Iterator[str]:
     """What the script asks sbatch for: `--job-name=sft-15ef34ca24d6`, ..."""
-    asked = node.recipe.runtime.slurm
+    asked, nodes = node.recipe.runtime.slurm, nodes_of(node)
     yield f"--job-name={job_name(node)}"
     yield f"--chdir={shlex.quote(str(Path.cwd()))}"
     yield f"--output={shlex.quote(str(folder(node)).replace('%', '%%') + '/%j.log')}"
-    yield from ("--open-mode=append", "--nodes=1", "--ntasks=1", "--requeue", f"--signal=B:TERM@{asked.save_seconds}")
+    yield from ("--open-mode=append", f"--nodes={nodes}", "--ntasks-per-node=1")
+    yield from ("--requeue", f"--signal=B:TERM@{asked.save_seconds}")
     if after:
         yield from (f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes")
     given = {"partition": asked.partition, "account": asked.account, "time": asked.time, "cpus-per-task": asked.cpus}
@@ -83,6 +86,11 @@ def options(node: Node, after: Sequence[str]) -> Iterator[str]:
     given["gres"] = asked.gpus and f"gpu:{asked.gpus}"
     yield from (f"--{option}={value}" for option, value in given.items() if value)
     yield from (line.removeprefix("#SBATCH").strip() for line in asked.extra if is_option(line))
+
+
+def nodes_of(node: Node) -> int:
+    """How many nodes the stage's processes are on: `launch.command` has srun start them there, in this allocation."""
+    return node.recipe.runtime.nodes if node.step.stage.distributed else 1
 
 
 def is_option(line: str) -> bool:

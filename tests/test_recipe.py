@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from instructrl import points, recipe, recipe_files
 from instructrl.config import Recipe, World
 from instructrl.errors import UserError
 from instructrl.keys import every_key, exists, suggestion
+from instructrl.launch import command
+from instructrl.pipeline import stages
 from instructrl.points import combinations, compose_points
 from instructrl.printout import recipe_as_yaml
 from instructrl.recipe import Draft, compose_recipe, draft, load_recipe
@@ -57,6 +60,23 @@ def test_shipped_runtimes_compose(name: str) -> None:
     chosen = load_recipe([f"runtime={name}"])
     assert chosen.runtime != load_recipe([]).runtime
     assert chosen.sft == load_recipe([]).sft
+
+
+@pytest.mark.parametrize(
+    ("machine", "starts"),
+    [
+        ("laptop", "python -m instructrl.torchrun --nproc-per-node=2 --standalone --local-addr=127.0.0.1 -m"),
+        ("one-gpu", "python -m instructrl.worker"),
+        ("eight-gpus", "python -m instructrl.torchrun --nproc-per-node=8 --standalone"),
+        ("two-nodes", "mpirun -np 2 -npernode 1 python -m instructrl.torchrun --nproc-per-node=8 --nnodes=2"),
+    ],
+)
+def test_each_machine_starts_its_processes(monkeypatch: pytest.MonkeyPatch, machine: str, starts: str) -> None:
+    monkeypatch.setattr(sys, "executable", "python")
+    chosen = load_recipe([f"runtime={machine}"])
+    words = command(stages(chosen)["sft"], chosen, Path("artifacts/sft/0123.partial"))
+    assert " ".join(words).startswith(starts)
+    assert command(stages(chosen)["data"], chosen, Path("x")) == ["python", "-m", "instructrl.worker", "x"]
 
 
 def test_overrides(here: Path) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Instructrl, ran, until
 
-from instructrl import slurm
+from instructrl import launch, slurm
+from instructrl.pipeline import stages
 from instructrl.recipe import compose_recipe
 
 SBATCH = """#!/bin/bash
@@ -184,7 +185,7 @@ def test_printed_scripts(here: Path, instructrl: Instructrl, monkeypatch: pytest
         f"--output={folder}/%j.log",
         "--open-mode=append",
         "--nodes=1",
-        "--ntasks=1",
+        "--ntasks-per-node=1",
         "--requeue",
         "--signal=B:TERM@600",
         "--dependency=afterok:<data>:<pretrain>",
@@ -204,6 +205,27 @@ def test_printed_scripts(here: Path, instructrl: Instructrl, monkeypatch: pytest
     assert not (here / "artifacts").exists()
     for text in scripts:
         assert subprocess.run(["/bin/bash", "-n"], input=text, text=True).returncode == 0
+
+
+def test_processes_on_several_nodes(cluster: Path, instructrl: Instructrl) -> None:
+    keys = ("runtime.nodes=2", "runtime.num_processes=4", "runtime.slurm.cpus=4")
+    result = instructrl("sft", "recipe=base.yaml", *keys, "--slurm")
+    assert result.code == 0, result.err
+    found = [re.findall("^#SBATCH --nodes=(.*)|^export (.*?) #", text, re.MULTILINE) for text in jobs(cluster).values()]
+    assert found == [[("1", "")], [("1", "")], [("2", ""), ("", "SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK")]]
+
+
+def test_what_srun_started_is_told_by_slurm(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Srun kills it at SIGTERM."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    recipe = compose_recipe(["recipe=base.yaml", "runtime.nodes=2"]).recipe
+    process = subprocess.Popen(["sleep", "120"], start_new_session=True)
+    launch.tell(process, stages(recipe)["ppo"], recipe)
+    until((cluster / "told").exists, seconds=60)
+    assert (cluster / "told").read_text() == "scancel --signal=TERM 7\n"
+    assert process.poll() is None
+    launch.tell(process, stages(recipe)["data"], recipe)  # which is one process, on this node
+    assert process.wait(timeout=60) == -signal.SIGTERM
 
 
 def test_documented_script_is_the_one_that_is_printed(instructrl: Instructrl, here: Path) -> None:
