@@ -10,7 +10,7 @@ FAST := not slow and not gpu and not network and not slurm
 STAGE_TESTS := $(patsubst %,tests/test_%.py,checkpoints eval label lora models ppo ppo_stage pretrain ranking reward_model sft trl_ppo)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-gpu test-slow test-slurm test-trl-min parity chaos check bench-ppo bench-reward bench-sft bench-data scorecard clean
+.PHONY: help run test test-gpu test-slow test-slurm test-trl-min parity chaos check bench-ppo bench-reward bench-sft bench-data bench-estimate scorecard clean
 
 help: ## Show these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -57,6 +57,9 @@ bench-sft: $(VENV)/.installed-dev ## Measure SFT beside TRL's trainer: tokens a 
 
 bench-data: $(VENV)/.installed-dev ## Measure the data stage on up to a million prompts: time, memory, disk
 	PYTHONPATH=. $(VENV)/bin/python tests/benchmarks/bench_data.py
+
+bench-estimate: $(VENV)/.installed-dev ## Measure stages' memory beside what `instructrl estimate` says of it
+	PYTHONPATH=. $(VENV)/bin/python tests/benchmarks/bench_estimate.py $(ARGS)
 
 scorecard: $(VENV)/.installed ## Show the paper's claims beside the tiny world over three seeds; 12 minutes
 	$(VENV)/bin/instructrl run-all --multirun seed=0,1,2 $(ARGS)

@@ -76,6 +76,29 @@ def plan(
 
 
 @app.command()
+def estimate(
+    overrides: Overrides = None,
+    on: Annotated[
+        str | None, typer.Option(metavar="HARDWARE", help="cpu, h100, a100-40gb, ...; default: what is here.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Estimate memory, operations, hours and disk; exits with 2 where it cannot fit."""
+    from instructrl import estimate, hardware
+    from instructrl.recipe import load_recipe
+    from instructrl.shapes import shape
+
+    recipe = load_recipe(overrides or [])
+    machine = hardware.named(on, recipe) if on else hardware.here(recipe)
+    found = estimate.estimate(recipe, shape(recipe, fetch=True), machine)
+    if as_json:
+        typer.echo(estimate.as_json(found))
+    else:
+        estimate.show(found)
+    estimate.check(found)
+
+
+@app.command()
 def config(overrides: Overrides = None) -> None:
     """Print the whole recipe, defaults included, as YAML."""
     from instructrl.printout import recipe_as_yaml

@@ -14,6 +14,7 @@ from instructrl.config import Recipe
 from instructrl.display import duration, is_number, number, printable
 from instructrl.drift import drift
 from instructrl.errors import UserError
+from instructrl.estimate import memory_line
 from instructrl.plan import StagePlan
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ def show_plans(planned: Sequence["Job"]) -> None:
         if len(planned) > 1:
             heading(job, position, len(planned))
         show_plan(job)
-    for line in warnings(planned):
+    memory = memory_line(job.composition.recipe for job in planned if job.runs)
+    for line in [*([memory] if memory else []), *warnings(planned)]:
         print(line)
 
 

@@ -68,6 +68,7 @@ def test_help_names_every_command(instructrl: Instructrl) -> None:
     assert listed == [
         "run-all",
         "plan",
+        "estimate",
         "config",
         "show",
         "runs",

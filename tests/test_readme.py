@@ -12,7 +12,7 @@ from instructrl.recipe import recipe_names
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 
-RUN_NOTHING = ("plan", "config", "show", "runs", "diff", "verify", "logs", "clean")
+RUN_NOTHING = ("plan", "estimate", "config", "show", "runs", "diff", "verify", "logs", "clean")
 
 
 def commands() -> list[str]:
