@@ -83,7 +83,7 @@ def estimate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Estimate memory, operations, hours and disk; exits with 2 where it cannot fit."""
+    """Estimate memory, operations, hours and disk before a run."""
     from instructrl import estimate, hardware
     from instructrl.recipe import load_recipe
     from instructrl.shapes import shape

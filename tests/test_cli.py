@@ -105,8 +105,10 @@ def test_plan_and_dry_run_print_the_same(instructrl: Instructrl) -> None:
     assert plan.code == 0
     assert plan.out == instructrl("run-all", "recipe=base.yaml", "--dry-run").out
     assert plan.out.splitlines()[0].split()[:2] == ["run", "data"]
-    assert plan.out.splitlines()[-1] == "8 of 8 stages to run."
-    assert [line.split()[1] for line in instructrl("sft", "-n", "recipe=base.yaml").out.splitlines()[:-1]] == [
+    *_, count, memory = plan.out.splitlines()
+    assert count == "8 of 8 stages to run."
+    assert memory.startswith("Memory: about ")
+    assert [line.split()[1] for line in instructrl("sft", "-n", "recipe=base.yaml").out.splitlines()[:-2]] == [
         "data",
         "pretrain",
         "sft",

@@ -355,7 +355,7 @@ def run_one(folder: Path, count: int) -> None:
 
 
 def test_a_recipe_has_one_fingerprint_however_it_is_written(files: Path) -> None:
-    run_one(files, 12)
+    run_one(files, 8)
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ def test_the_trainer_rewards_with_the_coefficient_of_the_iteration_before(tmp_pa
     assert lines[-1]["objective/kl_coef"] > 0.1
 
 
+@pytest.mark.slow
 def test_it_holds_the_policy_near_the_target(tmp_path):
     """A reward for one token, which a policy with a weak penalty would soon say all the time."""
 

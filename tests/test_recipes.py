@@ -176,7 +176,7 @@ def toy(name, folder):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[] if name in ("llama-8b-lora", "tldr-pythia-1b") else pytest.mark.slow) for name in HUB],
+    [pytest.param(name, marks=[] if name == "llama-8b-lora" else pytest.mark.slow) for name in HUB],
 )
 def test_it_runs_to_the_end_at_toy_size(name, tmp_path):
     """Every stage, on a random model of the recipe's architecture and on files with the columns of its data sets."""
