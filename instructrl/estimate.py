@@ -179,7 +179,11 @@ def spelt(section: str, values: dict[str, object]) -> str:
 def memory_line(recipes: Iterable[Recipe]) -> str | None:
     """A plan's line on memory, of the recipe that takes the most; None where nothing is known of its model."""
     found: list[tuple[Phase, str, Hardware | None]] = []
+    seen: set[str] = set()  # of a sweep over seeds all points take the same
     for recipe in recipes:
+        if (content := recipe.model_dump_json(exclude={"name", "seed"})) in seen:
+            continue
+        seen.add(content)
         with suppress(UserError):
             machine = _here(recipe)
             device = machine.device if machine else "cuda"

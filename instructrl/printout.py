@@ -214,11 +214,21 @@ def show_result(job: "Job", artifacts: dict[str, Artifact]) -> None:
         show_table(metrics.get("table"))
         show_table(metrics.get("use_case_table"))
         if (artifact.path / "report.md").exists():
-            from instructrl.reporting import document
-
-            print(f"The report: {document.current(job.arguments, artifact)}")
+            print(f"The report: {report_of(job, artifact)}")
     else:
         print(f"{job.target}: {artifact.path}")
+
+
+def report_of(job: "Job", evaluation: Artifact) -> Path:
+    """The page of a recipe that was evaluated; written unless it is there, and not older than that."""
+    from instructrl.reporting import runs
+
+    path = runs.folder_of(job.store.root, job.composition.recipe.name, evaluation.path.name) / "report.html"
+    if path.exists() and path.stat().st_mtime >= evaluation.made.get("published", 0):
+        return path
+    from instructrl.reporting import document  # slow to import, and not needed where nothing was done
+
+    return document.write(runs.of_recipe(job.arguments))
 
 
 def show_table(table: object) -> None:

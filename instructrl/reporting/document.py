@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from instructrl.artifacts import Artifact, write_atomically
-from instructrl.reporting import charts, markdown, page, runs, samples, sections
+from instructrl.artifacts import write_atomically
+from instructrl.reporting import charts, markdown, page, samples, sections
 from instructrl.reporting.runs import SAMPLES, Run
 from instructrl.stages.names import BASELINE
 from instructrl.stages.report import shares
@@ -41,14 +41,6 @@ def write(run: Run, count: int = SHOWN) -> Path:
     write_atomically(folder / "report.md", markdown.render(run, metrics, found, given))
     write_atomically(folder / "report.html", html(run, metrics, found, given))
     return folder / "report.html"
-
-
-def current(arguments: list[str], evaluation: Artifact) -> Path:
-    """The page of a recipe that has just been evaluated; written unless it is there, and not older than that."""
-    run = runs.of_recipe(arguments)
-    path = run.folder / "report.html"
-    there = path.exists() and path.stat().st_mtime >= evaluation.made.get("published", 0)
-    return path if there else write(run)
 
 
 def html(run: Run, metrics: Mapping[str, Any], found: Sequence[sections.Section], given: list[dict]) -> str:

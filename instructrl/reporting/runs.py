@@ -75,7 +75,7 @@ class Run:
     @property
     def folder(self) -> Path:
         """Where its report belongs: not into an artifact, whose files never change."""
-        return self.root / "reports" / f"{re.sub(r'[^A-Za-z0-9._-]', '_', self.name)}-{self.evaluation.fingerprint}"
+        return folder_of(self.root, self.name, self.evaluation.fingerprint)
 
     def settings(self) -> dict[str, Any]:
         """The recipe's sections as the stages that are there read them, files by their content. `runtime` is in none.
@@ -87,6 +87,11 @@ class Run:
             if part.artifact:
                 found |= part.artifact.key["config"]
         return found
+
+
+def folder_of(root: Path, name: str, fingerprint: str) -> Path:
+    """Where the report of the recipe `name` belongs, whose eval has this fingerprint."""
+    return root / "reports" / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}-{fingerprint}"
 
 
 def of_job(job: jobs.Job) -> Run:
