@@ -178,7 +178,7 @@ def spelt(section: str, values: dict[str, object]) -> str:
 
 def memory_line(recipes: Iterable[Recipe]) -> str | None:
     """A plan's line on memory, of the recipe that takes the most; None where nothing is known of its model."""
-    found: list[tuple[Phase, str, Hardware | None]] = []
+    found: list[tuple[Phase, Hardware | None]] = []
     seen: set[str] = set()  # of a sweep over seeds all points take the same
     for recipe in recipes:
         if (content := recipe.model_dump_json(exclude={"name", "seed"})) in seen:
@@ -187,10 +187,10 @@ def memory_line(recipes: Iterable[Recipe]) -> str | None:
         with suppress(UserError):
             machine = _here(recipe)
             device = machine.device if machine else "cuda"
-            found.append((most(recipe, shape(recipe), device), recipe.runtime.device, machine))
+            found.append((most(recipe, shape(recipe), device), machine))
     if not found:
         return None
-    peak, _, machine = max(found, key=lambda one: one[0].total)
+    peak, machine = max(found, key=lambda one: one[0].total)
     needs = f"Memory: about {gigabytes(peak.total)} at most, in {peak.stage} ({peak.name})"
     if machine is None:
         return f"{needs}, of a GPU, which this machine does not have; `instructrl estimate --on h100` says more."

@@ -50,7 +50,8 @@ class Handler(BaseHTTPRequestHandler):
             server.failed += isinstance(reply, int)
             if server.at_once >= server.together:
                 server.met.set()
-        server.met.wait(30)
+        if not server.met.wait(30):  # they never meet: the test that waits for it fails, and not once a request
+            server.met.set()
         try:
             self.reply(reply if self.path == "/v1/chat/completions" else 404)
         finally:

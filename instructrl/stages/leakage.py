@@ -87,9 +87,8 @@ class Sieve:
     def places(self, numbers: NDArray[numpy.uint64]) -> tuple[NDArray[numpy.intp], NDArray[numpy.uint8]]:
         """(byte, bit in it) of each number's two bits: [2, numbers] each."""
         mixed = (numbers ^ (numbers >> numpy.uint64(31))) * _MULTIPLIERS[:, None] >> numpy.uint64(64 - self.BITS)
-        return (mixed >> numpy.uint64(3)).astype(numpy.intp), numpy.uint8(1) << (mixed & numpy.uint64(7)).astype(
-            numpy.uint8
-        )
+        within = (mixed & numpy.uint64(7)).astype(numpy.uint8)
+        return (mixed >> numpy.uint64(3)).astype(numpy.intp), numpy.uint8(1) << within
 
     def add(self, numbers: NDArray[numpy.uint64]) -> None:
         numpy.bitwise_or.at(self.bits, *self.places(numbers))

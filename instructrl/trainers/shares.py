@@ -108,10 +108,10 @@ def batch_size(trainer: Trainer) -> int:
 def as_forward(wrapped: nn.Module, inner: nn.Module, work: Callable[..., Any], *args: Any) -> Any:
     """`work(*args)` as the one forward pass of a model, called through what wraps it.
 
-    DDP makes ready for the backward pass in the wrapper's forward pass, and needs one for each; FSDP gathers weights in
-    it. `work` may call the model's parts as often as it likes.
+    DDP makes ready for the backward pass in the wrapper's forward pass, and needs one for each. `work` may call the
+    model's parts as often as it likes.
     """
-    if wrapped is inner and not hasattr(inner, "unshard"):  # neither
+    if wrapped is inner:
         return work(*args)
     before = vars(inner).get("forward")
 
