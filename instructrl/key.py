@@ -121,12 +121,13 @@ def stage_key(
         upstream: the keys of the stages it needs.
         contents: what stands for the local files, from `local_contents`.
     """
-    values = recipe.model_dump(mode="json")
+    values = recipe.model_dump(mode="json", include=set(stage.reads))
     for (*parents, last), content in contents.items():
-        section: Any = values
-        for part in parents:
-            section = section[part]
-        section[last] = content
+        if parents[0] in stage.reads:
+            section: Any = values
+            for part in parents:
+                section = section[part]
+            section[last] = content
     key = Key(
         stage=stage.name,
         version=stage.version,

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from graphlib import TopologicalSorter
 
 from instructrl.config import Recipe
 
@@ -100,13 +99,12 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
 
 
 def ordered(pipeline: dict[str, Stage], targets: Iterable[str]) -> list[Stage]:
-    """The targets and everything they need, upstream first."""
+    """The targets and everything they need, upstream first, as the pipeline is."""
     wanted = set(targets)
     for name in reversed(pipeline):
         if name in wanted:
             wanted.update(pipeline[name].needs)
-    order = TopologicalSorter({name: pipeline[name].needs for name in pipeline if name in wanted}).static_order()
-    return [pipeline[name] for name in order]
+    return [stage for name, stage in pipeline.items() if name in wanted]
 
 
 def downstream(pipeline: dict[str, Stage], names: Iterable[str]) -> set[str]:

@@ -142,9 +142,10 @@ def reasons(stage: Stage, facts: Facts) -> list[str]:
 
 def resumption(stage: Stage, facts: Facts, survey: Survey) -> list[str]:
     """`["resumes from step 40"]` if an interrupted run left a checkpoint that this run will go on from."""
-    partial = survey.partial(stage.name, facts.keys[stage.name])
-    if partial.name not in survey.names(stage.name):
+    key = facts.keys[stage.name]
+    if f"{fingerprint(key)}.partial" not in survey.names(stage.name):
         return []
+    partial = survey.partial(stage.name, key)
     inputs = {need: artifact for need in stage.needs if (artifact := facts.artifacts[need])}
     order, forced = read_json(partial / ORDER), stage.name in facts.forced
     if facts.runs.intersection(stage.needs) or not continues(order, inputs, forced):

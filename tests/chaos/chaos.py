@@ -20,8 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,6 +49,7 @@ class Trial:
     stage: str
     moment: float  # seconds after its start
     rng: random.Random
+    ranks: int = 1  # processes of the stage
     environment: dict[str, str] = field(default_factory=dict)
     beside: list[subprocess.Popen[bytes]] = field(default_factory=list)  # further runners
     undo: list[Callable[[], None]] = field(default_factory=list)
@@ -63,7 +65,7 @@ class Trial:
         """The command, in a process of its own; what it prints is added to `output.txt`."""
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | self.environment
         command = [sys.executable, "-m", "instructrl", self.stage.replace("_", "-"), f"recipe={RECIPE}"]
-        command += [f"runtime.output_dir={self.store}"]
+        command += [f"runtime.output_dir={self.store}", f"runtime.num_processes={self.ranks}"]
         with (self.folder / "output.txt").open("ab") as output:
             return subprocess.Popen(command, env=environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
 
@@ -73,6 +75,14 @@ class Trial:
             return psutil.Process(self.runner.pid).children()
         except psutil.NoSuchProcess:
             return []
+
+    def pids_of_ranks(self) -> list[int]:
+        """The processes that share the stage's work, from rank 0."""
+        found = {}
+        for process in [child for worker in self.workers() for child in worker.children()]:
+            with suppress(psutil.NoSuchProcess):
+                found[process.environ().get("RANK")] = process.pid
+        return [pid for rank, pid in sorted(found.items()) if rank is not None]
 
     def inputs(self) -> list[Path]:
         """The artifacts that the stage is made from."""
@@ -91,6 +101,18 @@ def kill_worker(number: signal.Signals) -> Callable[[Trial], None]:
     def fault(trial: Trial) -> None:
         for worker in trial.workers():
             worker.send_signal(number)
+
+    return fault
+
+
+def kill_rank(number: signal.Signals) -> Callable[[Trial], None]:
+    def fault(trial: Trial) -> None:
+        ranks = trial.pids_of_ranks()
+        if ranks:
+            rank = trial.rng.randrange(len(ranks))
+            trial.said = f"rank {rank}"
+            with suppress(ProcessLookupError):
+                os.kill(ranks[rank], number)
 
     return fault
 
@@ -154,6 +176,9 @@ FAULTS: dict[str, Callable[[Trial], None]] = {
     "SIGKILL to the worker": kill_worker(signal.SIGKILL),
     "SIGTERM to the worker": kill_worker(signal.SIGTERM),
     "SIGINT to the worker": kill_worker(signal.SIGINT),
+    "SIGKILL to one rank of two": kill_rank(signal.SIGKILL),
+    "SIGTERM to one rank of two": kill_rank(signal.SIGTERM),
+    "SIGINT to one rank of two": kill_rank(signal.SIGINT),
     "disk full": fill_disk,
     "folder read-only": read_only,
     "input deleted": delete_input,
@@ -161,6 +186,7 @@ FAULTS: dict[str, Callable[[Trial], None]] = {
     "second runner": second_runner,
     "clock moved": move_clock,
 }
+TWO_RANKS = tuple(fault for fault in FAULTS if fault.endswith("of two"))
 UNHARMED = ("second runner", "clock moved")  # the run itself must succeed
 
 
@@ -273,18 +299,33 @@ class Outcome:
     seconds: float
 
 
-def attempt(
-    number: int, seed: int, scratch: Path, reference: Path, durations: dict[str, float], faults: list
-) -> Outcome:
+@dataclass(frozen=True)
+class Reference:
+    """The run that nothing was done to."""
+
+    store: Path
+    durations: dict[str, float]  # stage -> seconds, as a command of its own
+    ranks: int = 1
+
+    def stages(self, fault: str) -> list[str]:
+        """Those that the fault can be done to."""
+        made = stages(load_recipe([f"recipe={RECIPE}"]))
+        shared = [name for name in self.durations if self.ranks == 1 or made[name].distributed]
+        return [name for name in shared if name != "data" or "input" not in fault]
+
+
+def attempt(number: int, seed: int, scratch: Path, references: Mapping[int, Reference], faults: list) -> Outcome:
     """One trial, the same for the same number and seed but for the machine's pace."""
     rng = random.Random(f"{seed} {number}")
     fault = faults[number % len(faults)]
-    stage = rng.choice([name for name in durations if name != "data" or "input" not in fault])
-    trial = Trial(scratch / f"trial-{number}", stage, rng.uniform(0.2, 1.05 * durations[stage]), rng)
+    reference = references[ranks_for(fault)]
+    stage = rng.choice(reference.stages(fault))
+    moment = rng.uniform(0.2, 1.05 * reference.durations[stage])
+    trial = Trial(scratch / f"trial-{number}", stage, moment, rng, reference.ranks)
     began = time.monotonic()
-    prepare(trial, fault, reference)
+    prepare(trial, fault, reference.store)
     try:
-        problems = run(trial, fault) + differences(trial, reference)
+        problems = run(trial, fault) + differences(trial, reference.store)
     except subprocess.TimeoutExpired:
         problems = [f"still running after {PATIENCE} s"]
     finally:
@@ -300,16 +341,23 @@ def attempt(
     return Outcome(number, fault, stage, trial.moment, trial.met, trial.said, problems, time.monotonic() - began)
 
 
-def undisturbed(scratch: Path, targets: list[str]) -> dict[str, float]:
-    """Make the stages once. How long each takes as a command of its own, in seconds."""
+def ranks_for(fault: str) -> int:
+    return 2 if fault in TWO_RANKS else 1
+
+
+def undisturbed(folder: Path, targets: list[str], ranks: int) -> Reference:
+    """Make the stages once, each by a command of its own."""
+    folder.mkdir()
     durations = {}
     for name in targets:
-        trial = Trial(scratch, name, 0, random.Random(0))
+        trial = Trial(folder, name, 0, random.Random(0), ranks)
         began = time.monotonic()
         if trial.start().wait(PATIENCE):
-            raise SystemExit((scratch / "output.txt").read_text())
+            raise SystemExit((folder / "output.txt").read_text())
         durations[name] = time.monotonic() - began
-    return durations
+    spelt = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in durations.items())
+    print(f"undisturbed{', two ranks' if ranks == 2 else ''}: {spelt}", flush=True)
+    return Reference(trial.store, durations, ranks)
 
 
 def table(outcomes: list[Outcome]) -> str:
@@ -334,19 +382,20 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where to work; by default a temporary one")
     options = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="chaos-", dir=options.folder))
+    made = stages(load_recipe([f"recipe={RECIPE}"]))
+    targets = list(made)[: list(made).index(options.until) + 1]
     missing = dict(possible(scratch))
+    if not any(made[name].distributed for name in targets):
+        missing |= dict.fromkeys(TWO_RANKS, "none of these stages shares its work")
     for fault, why in missing.items():
         print(f"left out: {fault}: {why}")
-    names = list(stages(load_recipe([f"recipe={RECIPE}"])))
-    durations = undisturbed(scratch, names[: names.index(options.until) + 1])
-    print("undisturbed:", ", ".join(f"{name} {seconds:.0f} s" for name, seconds in durations.items()), flush=True)
     faults = [fault for fault in FAULTS if fault not in missing and options.fault in (None, fault)]
     numbers = range(options.first, options.first + options.faults)
+    needed = sorted({ranks_for(faults[number % len(faults)]) for number in numbers})
+    references = {ranks: undisturbed(scratch / f"undisturbed-{ranks}", targets, ranks) for ranks in needed}
     outcomes = []
     with ThreadPoolExecutor(options.jobs) as threads:
-        for outcome in threads.map(
-            lambda number: attempt(number, options.seed, scratch, scratch / "artifacts", durations, faults), numbers
-        ):
+        for outcome in threads.map(lambda number: attempt(number, options.seed, scratch, references, faults), numbers):
             outcomes.append(outcome)
             words = [f"{outcome.number:>4}", f"{outcome.fault}, {outcome.stage} after {outcome.moment:.1f} s"]
             words += [
