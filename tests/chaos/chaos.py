@@ -24,13 +24,14 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import psutil
 
 from instructrl.artifacts import MANIFEST, Artifact
 from instructrl.key import Hashes
-from instructrl.pipeline import stages
+from instructrl.pipeline import Stage, stages
 from instructrl.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +40,12 @@ ATTEMPTS = 4  # to bring it to its end after the fault
 PATIENCE = 600  # seconds that one command may take
 CLOCK_JUMPS = ("-400d", "-1h", "+1h", "+400d")
 FAKETIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), None)
+
+
+@cache
+def pipeline() -> dict[str, Stage]:
+    """The stages, upstream first. (Hydra composes for one thread at a time: ask before threads begin.)"""
+    return stages(load_recipe([f"recipe={RECIPE}"]))
 
 
 @dataclass
@@ -86,7 +93,7 @@ class Trial:
 
     def inputs(self) -> list[Path]:
         """The artifacts that the stage is made from."""
-        needs = stages(load_recipe([f"recipe={RECIPE}"]))[self.stage].needs
+        needs = pipeline()[self.stage].needs
         return [manifest.parent for need in needs for manifest in self.store.glob(f"{need}/*/{MANIFEST}")]
 
 
@@ -309,8 +316,7 @@ class Reference:
 
     def stages(self, fault: str) -> list[str]:
         """Those that the fault can be done to."""
-        made = stages(load_recipe([f"recipe={RECIPE}"]))
-        shared = [name for name in self.durations if self.ranks == 1 or made[name].distributed]
+        shared = [name for name in self.durations if self.ranks == 1 or pipeline()[name].distributed]
         return [name for name in shared if name != "data" or "input" not in fault]
 
 
@@ -382,10 +388,9 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where to work; by default a temporary one")
     options = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="chaos-", dir=options.folder))
-    made = stages(load_recipe([f"recipe={RECIPE}"]))
-    targets = list(made)[: list(made).index(options.until) + 1]
+    targets = list(pipeline())[: list(pipeline()).index(options.until) + 1]
     missing = dict(possible(scratch))
-    if not any(made[name].distributed for name in targets):
+    if not any(pipeline()[name].distributed for name in targets):
         missing |= dict.fromkeys(TWO_RANKS, "none of these stages shares its work")
     for fault, why in missing.items():
         print(f"left out: {fault}: {why}")
