@@ -31,7 +31,7 @@ import psutil
 
 from instructrl.artifacts import MANIFEST, Artifact
 from instructrl.key import Hashes
-from instructrl.pipeline import Stage, stages
+from instructrl.pipeline import LAST, Stage, stages
 from instructrl.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,6 +57,7 @@ class Trial:
     moment: float  # seconds after its start
     rng: random.Random
     ranks: int = 1  # processes of the stage
+    command: str = ""  # by default the stage's own
     environment: dict[str, str] = field(default_factory=dict)
     beside: list[subprocess.Popen[bytes]] = field(default_factory=list)  # further runners
     undo: list[Callable[[], None]] = field(default_factory=list)
@@ -71,8 +72,8 @@ class Trial:
     def start(self) -> subprocess.Popen[bytes]:
         """The command, in a process of its own; what it prints is added to `output.txt`."""
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | self.environment
-        command = [sys.executable, "-m", "instructrl", self.stage.replace("_", "-"), f"recipe={RECIPE}"]
-        command += [f"runtime.output_dir={self.store}", f"runtime.num_processes={self.ranks}"]
+        command = [sys.executable, "-m", "instructrl", self.command or self.stage.replace("_", "-")]
+        command += [f"recipe={RECIPE}", f"runtime.output_dir={self.store}", f"runtime.num_processes={self.ranks}"]
         with (self.folder / "output.txt").open("ab") as output:
             return subprocess.Popen(command, env=environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
 
@@ -168,7 +169,8 @@ def flip_byte(trial: Trial) -> None:
         opened.write(bytes([byte ^ 1 << trial.rng.randrange(8)]))
 
 
-def second_runner(trial: Trial) -> None:
+def second_run_all(trial: Trial) -> None:
+    """Both make the stage and then, as nothing else changed, `eval`."""
     trial.beside.append(trial.start())
 
 
@@ -176,6 +178,7 @@ def move_clock(trial: Trial) -> None:
     (trial.folder / "clock").write_text(trial.rng.choice(CLOCK_JUMPS))
 
 
+SECOND = "second run-all"
 FAULTS: dict[str, Callable[[Trial], None]] = {
     "SIGKILL to the runner": kill_runner(signal.SIGKILL),
     "SIGTERM to the runner": kill_runner(signal.SIGTERM),
@@ -190,11 +193,11 @@ FAULTS: dict[str, Callable[[Trial], None]] = {
     "folder read-only": read_only,
     "input deleted": delete_input,
     "bit of an input flipped": flip_byte,
-    "second runner": second_runner,
+    SECOND: second_run_all,
     "clock moved": move_clock,
 }
 TWO_RANKS = tuple(fault for fault in FAULTS if fault.endswith("of two"))
-UNHARMED = ("second runner", "clock moved")  # the run itself must succeed
+UNHARMED = (SECOND, "clock moved")  # the run itself must succeed
 
 
 def possible(scratch: Path) -> Iterator[tuple[str, str]]:
@@ -219,6 +222,9 @@ def prepare(trial: Trial, fault: str, reference: Path) -> None:
         trial.undo.append(lambda: None)
     shutil.copytree(reference, trial.store, dirs_exist_ok=True)
     shutil.rmtree(trial.store / trial.stage)
+    if fault == SECOND:
+        trial.command = "run-all"
+        shutil.rmtree(trial.store / LAST, ignore_errors=True)
     if fault == "clock moved":
         (trial.folder / "clock").write_text("+0")
         # a moved clock moves the time of day, never the monotonic clock
@@ -250,8 +256,9 @@ def run(trial: Trial, fault: str) -> list[str]:
         problems.append(f"exit code {code} in {ATTEMPTS} attempts")
     output = (trial.folder / "output.txt").read_text(errors="replace")
     own = "\n".join(line for line in output.splitlines() if not line.startswith("  | "))  # a stage's log may have one
-    if fault == "second runner" and own.count(f"{trial.stage}: started") != 1:
-        problems.append(f"{trial.stage} was started {own.count(f'{trial.stage}: started')} times")
+    for stage in {trial.stage, LAST} if fault == SECOND else ():
+        if own.count(f"{stage}: started") != 1:
+            problems.append(f"{stage} was started {own.count(f'{stage}: started')} times")
     return problems + ["a traceback"] * ("Traceback" in own)
 
 
@@ -392,6 +399,8 @@ def main() -> int:
     missing = dict(possible(scratch))
     if not any(pipeline()[name].distributed for name in targets):
         missing |= dict.fromkeys(TWO_RANKS, "none of these stages shares its work")
+    if LAST not in targets:
+        missing[SECOND] = "it makes all stages"
     for fault, why in missing.items():
         print(f"left out: {fault}: {why}")
     faults = [fault for fault in FAULTS if fault not in missing and options.fault in (None, fault)]
