@@ -12,9 +12,12 @@ import toy_hub
 import yaml
 
 from instructrl.config import Recipe
+from instructrl.estimate import estimate
+from instructrl.hardware import GPUS
 from instructrl.jobs import make_jobs
 from instructrl.pipeline import ordered, stages
 from instructrl.recipe import load_recipe
+from instructrl.shapes import shape
 from instructrl.stages import data as stage
 from instructrl.stages import sources
 from instructrl.stages.tables import read_table
@@ -142,6 +145,16 @@ def test_the_memory_of_weights_is_as_the_header_and_the_docs_say(name):
     assert int(said) == pytest.approx(expected, abs=0.6)
     row = re.search(rf"^\| `{name}` \|.*\| (\d+\.\d) GB \|", (ROOT / "docs" / "recipes.md").read_text(), re.MULTILINE)
     assert float(row[1]) == pytest.approx(expected, abs=0.06)
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_the_memory_that_the_header_says_is_the_estimates(name):
+    """On a GPU of the kind that it names."""
+    recipe = load_recipe([f"recipe={name}"])
+    found = estimate(recipe, shape(recipe), GPUS["h200" if name == "gpt2-xl" else "h100"])
+    said = re.search(r"memory +(\d+) GB", header(ROOT / "recipes" / f"{name}.yaml"))[1]
+    assert int(said) == pytest.approx(found.peak.total / 1e9, abs=0.6)
+    assert found.fits
 
 
 # ---- runs
