@@ -75,17 +75,25 @@ def estimate(recipe: Recipe, shape: Shape, hardware: Hardware) -> Estimate:
     """Of every stage that the recipe has."""
     counted = amounts(recipe, shape)
     rows = []
-    for stage in stages(recipe):
+    for stage, node in stages(recipe).items():
         phases = estimate_memory.phases(stage, recipe, shape, hardware.device)
         work = workload.work(stage, recipe, shape, counted)
-        seconds = time_of(work, recipe, shape, hardware)
+        seconds = time_of(work, recipe, shape, hardware, beside(recipe, hardware) if node.distributed else 1)
         rows.append(Row(stage, phases, work, seconds, workload.disk(stage, recipe, shape)))
     return Estimate(recipe, shape, hardware, counted, rows)
 
 
-def time_of(work: Work, recipe: Recipe, shape: Shape, hardware: Hardware) -> float:
-    """Seconds: the operations at the speed assumed, and the steps of decoding, each of which reads all weights."""
-    computing = work.flops / hardware.speed(workload.in_bf16(recipe), shape.policy)
+def beside(recipe: Recipe, hardware: Hardware) -> int:
+    """Machines of that speed that a stage's processes are: on a CPU they share its cores, unless `runtime.threads`
+    gives each its own."""
+    runtime = recipe.runtime
+    return runtime.ranks if hardware.device == "cuda" or runtime.threads else runtime.nodes
+
+
+def time_of(work: Work, recipe: Recipe, shape: Shape, hardware: Hardware, machines: int = 1) -> float:
+    """Seconds: the operations at the speed assumed, and the steps of decoding, each of which reads all weights. What
+    processes tell each other is taken to cost nothing."""
+    computing = work.flops / hardware.speed(workload.in_bf16(recipe), shape.policy) / machines
     step = max(work.step_bytes / hardware.bandwidth, hardware.step(shape.layers, recipe.model.lora is not None))
     return workload.START + computing + work.steps * step
 
@@ -214,10 +222,10 @@ def show(found: Estimate) -> None:
     hardware, shape, recipe = found.hardware, found.shape, found.recipe
     bf16 = workload.in_bf16(recipe)
     speed, kind = (hardware.bf16, "bfloat16") if bf16 else (hardware.fp32, "float32")
+    share = hardware.speed(bf16, shape.policy) / speed
     print(
-        f"{recipe.name} on {hardware.name}: {gigabytes(hardware.memory)} of memory, {hardware.bandwidth / 1e9:,.0f} "
-        f"GB/s, {speed / 1e12:.3g} TFLOP/s in {kind}, of which {hardware.speed(bf16, shape.policy) / speed:.0%} are "
-        "assumed."
+        f"{recipe.name} on {several(found)}{hardware.name}: {gigabytes(hardware.memory)} of memory, "
+        f"{hardware.bandwidth / 1e9:,.0f} GB/s, {speed / 1e12:.3g} TFLOP/s in {kind}, of which {share:.0%} are assumed."
     )
     lora = recipe.model.lora
     trained = f", of which an adapter of {shape.adapter(lora):,} trains" if lora else ""
@@ -248,6 +256,12 @@ def show(found: Estimate) -> None:
     print(f"{peak.stage}, {peak.name}: {held}.")
     for line in found.amounts.said:
         print(f"Data: {line}.")
+
+
+def several(found: Estimate) -> str:
+    """`8 x `, of GPUs; what is said of memory is then said of one."""
+    ranks = found.recipe.runtime.ranks
+    return f"{ranks} x " if ranks > 1 and found.hardware.device == "cuda" else ""
 
 
 def as_json(found: Estimate) -> str:

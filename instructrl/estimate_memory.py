@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from instructrl.config import PPO, SFT, Recipe
+from instructrl.config import PPO, SFT, Recipe, Runtime
+from instructrl.pipeline import stages
 from instructrl.shapes import Shape
 
 Device = Literal["cpu", "cuda"]
@@ -24,6 +25,7 @@ HEAP = 0.2
 follow. Measured. A GPU's allocator is given `estimate.ROOM`."""
 FREED = ("activations", "gradients")
 CAST = "weights in bfloat16"
+BUCKETS = "gradients in DDP's buckets"
 CHUNK = 1024
 """Padded tokens of a forward pass on a CPU, in sft and reward_model: `FastSFTTrainer.max_tokens`."""
 FLOAT = 4
@@ -86,6 +88,11 @@ class Network:
     def moments(self) -> int:
         matrices = self.shape.matrix_weights * self.precision if self.muon else 0
         return 2 * self.gradient - matrices
+
+    @property
+    def buckets(self) -> int:
+        """Bytes in which DDP sums the gradients of several processes."""
+        return self.gradient if self.recipe.runtime.ranks > 1 else 0
 
     @property
     def tied_gradient(self) -> int:
@@ -178,7 +185,10 @@ class Passes:
 
 
 def phases(stage: str, recipe: Recipe, shape: Shape, device: Device) -> list[Phase]:
-    """What a stage holds in each of its phases; `data` has no model, and none."""
+    """What a stage holds in each of its phases; `data` has no model, and none.
+
+    Of several processes it is what one holds on its GPU, or what those of this machine hold together in its memory.
+    """
     of = {
         "pretrain": _pretrain,
         "sft": _sft,
@@ -190,15 +200,34 @@ def phases(stage: str, recipe: Recipe, shape: Shape, device: Device) -> list[Pha
         "ppo_ptx": _ppo,
         "eval": _eval,
     }
-    found = of[stage](stage, recipe, shape, device) if stage in of else ()
-    return [Phase(phase.stage, phase.name, whole(phase.parts, device)) for phase in found]
+    distributed = stages(recipe)[stage].distributed
+    own = own_share(stage, recipe) if distributed else recipe.model_copy(update={"runtime": alone(recipe.runtime)})
+    beside = recipe.runtime.num_processes if distributed and device == "cpu" else 1
+    found = of[stage](stage, own, shape, device) if stage in of else ()
+    return [Phase(phase.stage, phase.name, whole(phase.parts, device, beside)) for phase in found]
 
 
-def whole(parts: dict[str, int], device: Device) -> dict[str, int]:
-    """What is held, and what comes to it whatever a stage does."""
+def own_share(stage: str, recipe: Recipe) -> Recipe:
+    """The recipe with the batches that one process has of the stage."""
+    name, ranks = "reward_model" if stage == "judge" else stage, recipe.runtime.ranks
+    section = getattr(recipe, name)
+    if ranks == 1 or not hasattr(section, "batch_size"):
+        return recipe
+    return recipe.model_copy(
+        update={name: section.model_copy(update={"batch_size": max(1, section.batch_size // ranks)})}
+    )
+
+
+def alone(runtime: Runtime) -> Runtime:
+    """The runtime of a stage that is one process whatever the others are."""
+    return runtime.model_copy(update={"num_processes": 1, "nodes": 1})
+
+
+def whole(parts: dict[str, int], device: Device, processes: int) -> dict[str, int]:
+    """What that many processes hold, and what comes to it whatever a stage does."""
     heap = int(HEAP * sum(parts.get(part, 0) for part in FREED)) if device == "cpu" else 0
     every = {"libraries": LIBRARIES[device]} | parts | {"heap": heap}
-    return {part: size for part, size in every.items() if size}
+    return {part: processes * size for part, size in every.items() if size}
 
 
 def peak(found: list[Phase]) -> Phase:
@@ -210,7 +239,7 @@ def _trained(
     stage: str, network: Network, passes: Passes, activations: int, head: int, accumulates: bool
 ) -> Iterator[Phase]:
     """The phases of one network that is trained, on a micro-batch."""
-    held = {"weights": network.weight_bytes, "Adam's moments": network.moments}
+    held = {"weights": network.weight_bytes, "Adam's moments": network.moments, BUCKETS: network.buckets}
     earlier = network.gradient if accumulates else 0
     earlier += network.tied_gradient if network.head == "words" else 0  # the unembedding's, the first of all
     more = {"gradients": earlier, "activations": activations, "logits": head, CAST: passes.cast(network)}
@@ -315,6 +344,7 @@ def _ppo(stage: str, recipe: Recipe, shape: Shape, device: Device) -> Iterator[P
         "reference": 0 if recipe.model.lora else policy.weight_bytes,
         "moving average": policy.learnt * FLOAT if section.ema_decay else 0,
         "Adam's moments": policy.moments + critic.moments,
+        BUCKETS: policy.buckets + critic.buckets,
     }
     passes, limit = Passes(recipe, device, packed=True), recipe.runtime.max_tokens
     prompt = min(recipe.data.max_prompt_tokens, shape.context - section.response_length)

@@ -5,7 +5,7 @@ only for the built-in world and roughly for files, so each such number says wher
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from instructrl.config import PPO, SFT, Recipe
 from instructrl.data_size import Amounts
@@ -114,7 +114,8 @@ def _ppo(stage: str, recipe: Recipe, shape: Shape, amounts: Amounts) -> Work:
     tokens, written = episodes * length, episodes * response
     one = sampling(recipe, shape, section.batch_size, amounts.prompt, response)
     # Rows that have ended leave the batch, and the longest decides when it ends.
-    longest = math.ceil(section.batch_size / recipe.runtime.generation_batch_size) * section.response_length
+    own = section.batch_size / recipe.runtime.ranks
+    longest = math.ceil(own / recipe.runtime.generation_batch_size) * section.response_length
     rollouts = Work(tokens, iterations * one.flops, iterations * longest, one.step_bytes)
     again = in_bf16(recipe)  # the policy's log-probabilities, anew
     scoring = (1 + again) * forward(shape, tokens, length, written) + 2 * forward(shape, tokens, length)
@@ -137,6 +138,7 @@ def _eval(recipe: Recipe, shape: Shape, amounts: Amounts) -> Work:
     snapshots = recipe.ppo.snapshots + recipe.ppo_ptx.snapshots
     answers = prompts * (5 * 2 + section.best_of_n + snapshots)
     found = sampling(recipe, shape, answers, amounts.prompt, response)
+    found = replace(found, steps=found.steps / recipe.runtime.ranks)  # each process has some of the models
     read = answers * (amounts.prompt + response) * 2
     text = 4 * min(section.num_prompts, TEXT_DOCUMENTS) * amounts.document
     found += Work(read, forward(shape, read, amounts.prompt + response))

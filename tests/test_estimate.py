@@ -10,9 +10,11 @@ import pytest
 from conftest import Instructrl
 from test_cli import HEAVY, cpu_seconds
 
-from instructrl import hardware, workload
+from instructrl import estimate_memory, hardware, workload
 from instructrl.config import Recipe
 from instructrl.data_size import Amounts, amounts
+from instructrl.estimate import estimate
+from instructrl.hardware import GPUS
 from instructrl.shapes import Shape, shape_of
 
 SHAPE = Shape("gpt2", 10, 4, 2, 2, 2, 2, 16, 64, tied=True)
@@ -119,6 +121,39 @@ def test_disk_by_hand():
     assert workload.disk("ppo_ptx", settings, SHAPE) == policy + scalar
     assert workload.checkpoints("sft", settings, SHAPE) == 2 * 3 * policy
     assert workload.checkpoints("ppo_ptx", settings, SHAPE) == 2 * 3 * (policy + scalar)
+
+
+def test_several_processes_share_operations_and_batches_by_hand():
+    """Two GPUs: half the time but for starting, half of each batch, and the gradients once more, in DDP's buckets."""
+    settings = {"ppo_ptx": {"batch_size": 8, "num_mini_batches": 1, "total_episodes": 16, "response_length": 4}}
+    settings |= {"sft": {"epochs": 2, "batch_size": 4}, "data": {"world": {}}}
+    runtimes = [{"num_processes": ranks, "micro_batch_size": 4} for ranks in (1, 2)]
+    one, two = (Recipe.model_validate(settings | {"runtime": runtime}) for runtime in runtimes)
+    gpu = GPUS["h100"]
+    alone, shared = (
+        {row.stage: row for row in estimate(settings, SHAPE, gpu).rows if row.stage in ("sft", "label", "ppo_ptx")}
+        for settings in (one, two)
+    )
+    computing = [rows["sft"].seconds - workload.START for rows in (alone, shared)]
+    assert computing[1] == pytest.approx(computing[0] / 2)
+    assert alone["label"] == shared["label"]
+    before, after = ({phase.name: phase.parts for phase in rows["sft"].phases} for rows in (alone, shared))
+    assert after["forward"]["gradients in DDP's buckets"] == 4 * SHAPE.policy
+    assert 2 * after["forward"]["activations"] == before["forward"]["activations"]
+    before, after = ({phase.name: phase.parts for phase in rows["ppo_ptx"].phases} for rows in (alone, shared))
+    assert after["step"]["gradients in DDP's buckets"] == 4 * (SHAPE.policy + SHAPE.scalar)
+    assert 2 * after["rollout"]["logits"] == before["rollout"]["logits"]
+    assert after["step"]["Adam's moments"] == before["step"]["Adam's moments"]
+
+
+def test_processes_on_a_cpu_are_in_one_memory():
+    one, two = (recipe(runtime={"device": "cpu", "num_processes": ranks}) for ranks in (1, 2))
+    before, after = (
+        {phase.name: phase.parts for phase in estimate_memory.phases("ppo", settings, SHAPE, "cpu")}
+        for settings in (one, two)
+    )
+    assert after["step"]["policy"] == 2 * before["step"]["policy"]
+    assert after["step"]["libraries"] == 2 * before["step"]["libraries"]
 
 
 # ---- data
