@@ -126,7 +126,7 @@ def test_disk_by_hand():
 def test_several_processes_share_operations_and_batches_by_hand():
     """Two GPUs: half the time but for starting, half of each batch, and the gradients once more, in DDP's buckets."""
     settings = {"ppo_ptx": {"batch_size": 8, "num_mini_batches": 1, "total_episodes": 16, "response_length": 4}}
-    settings |= {"sft": {"epochs": 2, "batch_size": 4}, "data": {"world": {}}}
+    settings |= {"sft": {"epochs": 2, "batch_size": 4}, "data": {"world": {}}, "eval": {"judge": "gold"}}
     runtimes = [{"num_processes": ranks, "micro_batch_size": 4} for ranks in (1, 2)]
     one, two = (Recipe.model_validate(settings | {"runtime": runtime}) for runtime in runtimes)
     gpu = GPUS["h100"]
