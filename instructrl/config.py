@@ -582,6 +582,26 @@ class Slurm(Section):
         return self
 
 
+class VLLM(Section):
+    """VLLM as TRL runs it, with `runtime.rollouts=vllm`: the keys of TRL's GRPOConfig that begin with `vllm_`, and its
+    defaults. See docs/scaling.md."""
+
+    mode: Literal["colocate", "server"] = "colocate"
+    """`colocate`: one inside each process, on its GPU; `server`: behind `vllm serve`, on GPUs of its own."""
+    server_base_url: Annotated[str, Field(pattern=r"^https?://\S+$")] = "http://localhost:8000"
+    server_timeout: PositiveFloat = 240
+    """Seconds to wait for the server to be up."""
+    group_port: PositiveInt = 51216
+    """Where rank 0 hands the weights to the server's processes."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """Share of each GPU's memory that a colocated vLLM takes for its copy of the weights and its cache."""
+    tensor_parallel_size: PositiveInt = 1
+    """Processes that share one colocated vLLM; each otherwise has one of its own."""
+    max_logprob_difference: PositiveFloat = 0.1
+    """Nats a token: where vLLM's log-probabilities of what it sampled differ from the policy's own by more, on average
+    over an iteration, the stage stops. Our choice: bfloat16 alone makes about a hundredth."""
+
+
 class Runtime(Section):
     """How this machine runs the recipe. Nothing here changes a fingerprint."""
 
@@ -620,12 +640,36 @@ class Runtime(Section):
     """Time between checkpoints to resume from."""
     logging_steps: PositiveInt = 10
     """Optimizer steps between lines in `log.jsonl`."""
+    rollouts: Literal["transformers", "vllm"] = "transformers"
+    """What samples the responses of `ppo` and `ppo_ptx`. With vllm, exact resume is not promised."""
+    vllm: VLLM = VLLM()
     endpoint: EndpointCalls = EndpointCalls()
     slurm: Slurm = Slurm()
     offline: bool = False
     """Never look at the Hub: only what is on this disk. A `tracker` keeps its runs there, too."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio", "mlflow"] = "none"
     """Where training is watched: a run a stage, in a group that is the recipe's. See docs/trackers.md."""
+
+    @model_validator(mode="after")
+    def vllm_has_room(self) -> "Runtime":
+        if self.rollouts != "vllm":
+            return self
+        if self.vllm.mode == "server" and self.jobs > 1:
+            raise ValueError(
+                f"jobs={self.jobs}: a vLLM server holds one policy at a time; set runtime.jobs=1, or "
+                "runtime.vllm.mode=colocate"
+            )
+        if self.vllm.mode == "server" and self.device == "cpu":
+            raise ValueError(
+                "vllm.mode=server needs a CUDA device: weights reach the server through NCCL; set "
+                "runtime.vllm.mode=colocate"
+            )
+        if self.vllm.mode == "colocate" and self.ranks % self.vllm.tensor_parallel_size:
+            raise ValueError(
+                f"vllm.tensor_parallel_size={self.vllm.tensor_parallel_size} does not divide the stage's {self.ranks} "
+                "processes (runtime.nodes * runtime.num_processes)"
+            )
+        return self
 
     @property
     def ranks(self) -> int:
@@ -675,6 +719,12 @@ class Recipe(Section):
             )
         if self.eval.best_of_n and not self.eval.temperature:
             raise ValueError("eval.best_of_n needs eval.temperature above 0: greedy answers are all the same")
+        if self.runtime.rollouts == "vllm":
+            foreign = [name for name in ("ppo", "ppo_ptx") if getattr(self, name).backend == "trl"]
+            if foreign:
+                raise ValueError(
+                    f"runtime.rollouts=vllm needs {foreign[0]}.backend=instructrl, or set it to transformers"
+                )
         if self.model.lora:
             muon = [
                 f"{name}.muon_learning_rate"

@@ -1,5 +1,6 @@
 """Starting the process of a stage: its environment, and the check of trainer settings before anything trains."""
 
+import importlib.util
 import json
 import os
 import platform
@@ -117,6 +118,25 @@ def check_tracker(recipe: Recipe) -> None:
         raise UserError(
             f"runtime.tracker={tracker} needs the package {tracker}, which is not installed: "
             f"pip install 'instructrl[{tracker}]', or set runtime.tracker=none."
+        )
+
+
+def check_rollouts(plan: Sequence[StagePlan], recipe: Recipe) -> None:
+    """Miss vLLM before anything trains.
+
+    Raises:
+        UserError: a stage that would run needs it, and it is not installed.
+    """
+    modules = {step.stage.module or step.stage.name for step in plan if step.runs}
+    if recipe.runtime.rollouts != "vllm" or "ppo" not in modules:
+        return
+    found = importlib.util.find_spec(
+        "vllm"
+    )  # whatever its distribution is called: there is one for each kind of device
+    if found is None or found.origin is None:
+        raise UserError(
+            "runtime.rollouts=vllm needs vLLM, which is not installed: pip install 'instructrl[vllm]', or set "
+            "runtime.rollouts=transformers."
         )
 
 

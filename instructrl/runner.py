@@ -208,6 +208,11 @@ class Run:
                         f"{label}: goes on with {counted(processes)} from a checkpoint of {counted(before)}, so that "
                         "it ends as without the interruption to rounding, not to the bit"
                     )
+                if node.recipe.runtime.rollouts == "vllm" and name in ("ppo", "ppo_ptx") and checkpoint_steps(partial):
+                    self.display.say(
+                        f"{label}: goes on from a checkpoint; vLLM may sample other responses than without the "
+                        "interruption, so that it does not end with the same bits"
+                    )
                 order = {
                     "stage": name,
                     "module": step.stage.module or name,

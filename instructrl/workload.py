@@ -117,7 +117,7 @@ def _ppo(stage: str, recipe: Recipe, shape: Shape, amounts: Amounts) -> Work:
     own = section.batch_size / recipe.runtime.ranks
     longest = math.ceil(own / recipe.runtime.generation_batch_size) * section.response_length
     rollouts = Work(tokens, iterations * one.flops, iterations * longest, one.step_bytes)
-    again = in_bf16(recipe)  # the policy's log-probabilities, anew
+    again = in_bf16(recipe) or recipe.runtime.rollouts == "vllm"  # the policy's log-probabilities, anew
     scoring = (1 + again) * forward(shape, tokens, length, written) + 2 * forward(shape, tokens, length)
     update = learning(recipe, shape, tokens, length, written) + learning(recipe, shape, tokens, length)
     epochs = section.num_ppo_epochs

@@ -18,6 +18,7 @@ from instructrl.stages.tables import PROMPTS, TEXT, write_table
 from instructrl.trainers.ppo import PPOTrainer
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "the", "dog", "ran", "to", "me"]
+SIZE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 SECTION = {
     "init": "sft",
     "total_episodes": 48,
@@ -41,19 +42,22 @@ def recipe(**changes):
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("artifacts"))
+
+
+def make_inputs(folder):
     """Artifacts of data, sft and reward_model with random models."""
-    folder, generator = tmp_path_factory.mktemp("artifacts"), random.Random(0)
+    generator = random.Random(0)
     text = [" ".join(generator.choices(WORDS, k=12)) for _ in range(40)]
     contract = Contract(make_tokenizer(text, 300), "{prompt}\n")
     special = {f"{name}_token_id": getattr(contract.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=300, max_position_embeddings=64, tie_word_embeddings=True, **size, **special)
+    config = LlamaConfig(vocab_size=300, max_position_embeddings=64, tie_word_embeddings=True, **SIZE, **special)
     models.save(LlamaForCausalLM(config), contract, folder / "sft" / "model")
     reward_model = models.init_reward_model(folder / "sft" / "model", recipe())
     reward_model.config.reward_bias = 0.25
     models.save(reward_model, contract, folder / "reward_model" / "model")
-    (folder / "data").mkdir()
+    (folder / "data").mkdir(parents=True, exist_ok=True)
     prompts = [line[: generator.randint(5, 30)] for line in text] + [" ".join(text)]
     write_table(folder / "data" / "prompts.train.parquet", [{"prompt": line} for line in prompts], PROMPTS)
     write_table(folder / "data" / "prompts.valid.parquet", [{"prompt": line} for line in text[:7]], PROMPTS)

@@ -1,11 +1,13 @@
 """PPO and PPO-ptx against the reward model, with our own trainer or TRL's (paper, 3.5 eq. 2, App. C.4)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import PreTrainedModel, set_seed
 
 from instructrl.config import PPO, Recipe
-from instructrl.errors import UserError
+from instructrl.errors import StageFailed, UserError
 from instructrl.stages import ranks
 from instructrl.stages.checkpoints import FOLDER, train
 from instructrl.stages.contract import Contract
@@ -17,6 +19,7 @@ from instructrl.stages.tables import read_table
 from instructrl.trainers.actor_critic import network
 from instructrl.trainers.ema import EMA
 from instructrl.trainers.ppo import PPOConfig, PPOTrainer
+from instructrl.trainers.rollout import RolloutError
 
 FINAL = {  # name in the metrics -> name in the log
     "score": "objective/scores",
@@ -26,6 +29,7 @@ FINAL = {  # name in the metrics -> name in the log
     "explained_variance": "val/explained_var",
     "ptx_loss": "loss/ptx",
     "ptx_grad_ratio": "ptx/grad_ratio",
+    "logprob_difference": "sampling/sampling_logp_difference/mean",
 }
 HELD_OUT = 256  # validation prompts answered at the end
 LAST = 0.1  # share of the iterations over which final metrics are means
@@ -38,13 +42,15 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
 
     Returns:
         score, kl (nats a response), length (tokens), entropy, explained_variance and, with pretraining, ptx_loss (nats
-        a token, or an example, as `ptx_normalization` says) and ptx_grad_ratio, each a mean over the last tenth of the
-        iterations; initial_score, initial_length; prompts, dropped (too long), iterations, optimizer_steps; held_out,
-        and ema if there is one: score, kl, length and entropy on validation prompts; seconds by phase.
+        a token, or an example, as `ptx_normalization` says) and ptx_grad_ratio, and with vLLM logprob_difference (nats
+        a token from ours), each a mean over the last tenth of the iterations; initial_score, initial_length; prompts,
+        dropped (too long), iterations, optimizer_steps; held_out, and ema if there is one: score, kl, length and
+        entropy on validation prompts; seconds by phase.
         TRL's trainer has no explained_variance, and answers no validation prompts.
 
     Raises:
         UserError: no prompt is short enough, or there is no text for PPO-ptx.
+        StageFailed: vLLM is not there, or not the policy that it should be.
     """
     section: PPO = getattr(recipe, name)
     policy = load_policy(inputs[section.init] / "model", recipe)
@@ -66,23 +72,28 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
         policy, critic = adapted(policy, recipe), adapted(critic, recipe)
         documents = read_documents(name, section, inputs["data"], contract) if section.ptx_coef else []
         args = arguments(recipe, section, bias, folder / FOLDER)
-        trainer = PPOTrainer(
-            args=args,
-            processing_class=contract.tokenizer,
-            model=policy,
-            value_model=critic,
-            reward_model=reward_model,
-            train_dataset=prompts,
-            ptx_dataset=documents or None,
-            callbacks=[Snapshots(policy, folder, section.snapshots, args.num_iterations, args.steps_per_iteration)],
-        )
+        args.vllm_model = str(inputs[section.init] / "model")
+        args.vllm_max_model_length = longest_prompt(name, recipe, network(policy)) + section.response_length
+        with refused():
+            trainer = PPOTrainer(
+                args=args,
+                processing_class=contract.tokenizer,
+                model=policy,
+                value_model=critic,
+                reward_model=reward_model,
+                train_dataset=prompts,
+                ptx_dataset=documents or None,
+                plain_weights=merged_weights,
+                callbacks=[Snapshots(policy, folder, section.snapshots, args.num_iterations, args.steps_per_iteration)],
+            )
         tables = [
             Rows(inputs["data"] / "prompts.train.parquet", [row["number"] for row in prompts]),
             Rows(inputs["data"] / "text.train.parquet", range(len(documents))),
         ]
-        train(trainer, folder, recipe.runtime.save_minutes, tables)
+        with refused():
+            train(trainer, folder, recipe.runtime.save_minutes, tables)
+            held_out = evaluated(trainer, read_held_out(name, recipe, inputs["data"], contract, network(policy)))
         ema, log = trainer.ema, [line for line in trainer.state.log_history if FINAL["kl"] in line]
-        held_out = evaluated(trainer, read_held_out(name, recipe, inputs["data"], contract, network(policy)))
     save(network(policy), contract, folder / "model", merged_weights(policy))
     save(network(critic), contract, folder / "critic", merged_weights(critic))
     if ema:
@@ -105,6 +116,21 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
     }
 
 
+@contextmanager
+def refused() -> Iterator[None]:
+    """Tell what is wrong with vLLM by the names of the recipe's keys.
+
+    Raises:
+        StageFailed: it is not there, or not the policy that it should be.
+    """
+    try:
+        yield
+    except RolloutError as error:
+        raise StageFailed(
+            str(error).replace("use_vllm", "runtime.rollouts=vllm").replace("vllm_", "runtime.vllm.")
+        ) from error
+
+
 def check(recipe: Recipe) -> None:
     """Refuse what TRL's trainer cannot do, where a section asks for it, before anything trains."""
     for name in ("ppo", "ppo_ptx"):
@@ -125,6 +151,8 @@ def arguments(recipe: Recipe, section: PPO, reward_bias: float, checkpoints: Pat
         completions_dir=str(checkpoints.parent / "completions"),
         max_tokens=recipe.runtime.max_tokens,
         generation_batch_size=recipe.runtime.generation_batch_size,
+        use_vllm=recipe.runtime.rollouts == "vllm",
+        **{f"vllm_{key}": value for key, value in recipe.runtime.vllm.model_dump().items()},
         bf16=recipe.runtime.bf16,
         activation_checkpointing=recipe.runtime.gradient_checkpointing,
         seed=recipe.seed,

@@ -33,6 +33,8 @@ class Episodes:
     """[B]: reward model and reward functions, the bias subtracted, whether or not the response ended."""
     ended: Tensor
     """[B] bool: the response ended by itself, with EOS."""
+    sampler_logprobs: Tensor | None = None
+    """[B, R]: what vLLM, having sampled them, took them to be."""
     kl_coef: float = 0.0
     """beta when these episodes were rewarded."""
     kl: Tensor | None = None
@@ -61,8 +63,9 @@ class Episodes:
         shares = gather_object([own]) if processes > 1 else [own]
         columns = {name: interleave([share[name] for share in shares]) for name in own}
         lengths = torch.tensor([len(row) for row in columns["old_logprobs"]])
-        for name in ("old_logprobs", "ref_logprobs", "values"):
-            columns[name] = pad_sequence(columns[name], batch_first=True)
+        for name in ("old_logprobs", "ref_logprobs", "values", "sampler_logprobs"):
+            if name in columns:
+                columns[name] = pad_sequence(columns[name], batch_first=True)
         columns["scores"] = torch.tensor(columns["scores"], dtype=columns["values"].dtype)
         columns["ended"] = torch.tensor(columns["ended"])
         return cls(mask=torch.arange(int(lengths.max()))[None] < lengths[:, None], **columns)

@@ -2,9 +2,9 @@
 
 `PPOTrainer` reads as the paper's loop: sample and score episodes, shape rewards, estimate advantages; then for every
 minibatch add the pretraining gradient and the PPO gradient, and step. The equations are in `losses.py`, sampling and
-log-probabilities in `rollout.py`, scores in `rewards.py`, episodes and minibatches in `experience.py`, the coefficient
-of the KL penalty in `kl.py`, the weights' moving average in `ema.py`, settings in `ppo_config.py`, and what is refused
-in `ppo_checks.py`. `docs/ppo.md` is the map.
+log-probabilities in `rollout.py` (by vLLM in `engine.py`), scores in `rewards.py`, episodes and minibatches in
+`experience.py`, the coefficient of the KL penalty in `kl.py`, the weights' moving average in `ema.py`, settings in
+`ppo_config.py`, and what is refused in `ppo_checks.py`. `docs/ppo.md` is the map.
 """
 
 import copy
@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from instructrl.trainers.ppo_stats import (
     evaluation_stats,
     gradient_stats,
     policy_stats,
+    sampler_stats,
     value_stats,
 )
 from instructrl.trainers.prompts import Prompts, document_ids, fetch
@@ -84,6 +85,7 @@ class PPOTrainer(Trainer):
         ptx_dataset: rows with `input_ids` or `text`, for `ptx_coef > 0`; cut at the model's context.
         eval_dataset: prompts for `evaluate`.
         peft_config: puts this adapter on the policy.
+        plain_weights: for `use_vllm` and a policy with an adapter: the weights of the model that it merges to.
 
     Departures from the paper: values are clipped; a response that did not end loses `missing_eos_penalty`; both can be
     switched off. The padding token has probability 0, in every model. The models passed in lose their dropout, as they
@@ -95,6 +97,7 @@ class PPOTrainer(Trainer):
 
     Raises:
         ValueError: something in these arguments cannot work. Nothing has been trained then.
+        RolloutError: `use_vllm`, and vLLM is not there, or (while training) not the policy that it should be.
     """
 
     loss_is_scaled_for_ga = True  # every micro-batch is already divided by its minibatch's tokens
@@ -113,6 +116,7 @@ class PPOTrainer(Trainer):
         ptx_dataset: Sequence[dict[str, Any]] | None = None,
         eval_dataset: Sequence[dict[str, Any]] | None = None,
         peft_config: PeftConfig | None = None,
+        plain_weights: Callable[[PeftModel], Mapping[str, Tensor]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, LambdaLR | None] = (None, None),
     ):
@@ -168,6 +172,24 @@ class PPOTrainer(Trainer):
             self.ema = EMA(model, args.ema_decay, 1 if args.ema_every == "step" else args.steps_per_iteration)
             self.add_callback(self.ema)
         self.add_callback(RolloutBoundary)
+        self.engine = self.start_engine(plain_weights) if args.use_vllm else None
+
+    def start_engine(self, plain_weights):
+        """vLLM, which takes seconds to import and to start."""
+        from instructrl.trainers.engine import Engine
+
+        args, sets = self.args, filter(None, (self.prompts, self.eval_prompts))
+        longest = max(len(prompt) for prompts in sets for prompt in prompts.ids)
+        return Engine(
+            self.model.policy,
+            self.accelerator,
+            self.processing_class,
+            args,
+            eos_id=self.eos_id,
+            pad_id=self.pad_id,
+            max_length=args.vllm_max_model_length or longest + args.response_length,
+            plain_weights=plain_weights,
+        )
 
     def read_prompts(self, dataset, tokenizer: PreTrainedTokenizerBase, args: PPOConfig) -> Prompts:
         prompts = Prompts(dataset, tokenizer)
@@ -220,29 +242,23 @@ class PPOTrainer(Trainer):
         # One number a token, whoever samples it: two processes answer as one would.
         uniforms = torch.rand(len(numbers), args.response_length, generator=seeded(args.seed, *stream))
         share = slice(args.process_index, None, args.world_size)
-        numbers, uniforms = numbers[share], uniforms[share]
+        most, numbers, uniforms = math.ceil(len(numbers) / args.world_size), numbers[share], uniforms[share]
         prompts = [list(source.ids[number]) for number in numbers]
         starts = [len(prompt) for prompt in prompts]
         actor_critic.eval()
-        with self.clock("rollout"), self.accelerator.autocast():
-            answers = rollout.generate(
-                policy,
-                prompts,
-                max_new_tokens=args.response_length,
-                temperature=args.temperature,
-                eos_token_id=self.eos_id,
-                pad_token_id=self.pad_id,
-                uniforms=uniforms,
-                batch_size=args.generation_batch_size,
-                max_tokens=args.max_tokens,
-            )
+        with self.clock("rollout"):
+            if self.engine:
+                answers = self.engine.answers(prompts, most, *stream)
+            else:
+                answers = self.answers(policy, prompts, uniforms)
         responses = [answer.ids for answer in answers]
         ended = [response[-1] == self.eos_id for response in responses]
         sequences = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
         batching = {"pad_token_id": self.pad_id, "max_tokens": args.max_tokens}
         with self.clock("scoring"), self.accelerator.autocast():
             old = [answer.logprobs for answer in answers]
-            if args.bf16 or policy.dtype != torch.float32:  # the sampler's differ from the update's by up to 0.14 there
+            # There the sampler's differ from the update's, by up to 0.14 in bfloat16.
+            if self.engine or args.bf16 or policy.dtype != torch.float32:
                 old = rollout.score_logprobs(policy, sequences, starts, temperature=args.temperature, **batching)
             with self.reference() as reference:
                 ref = rollout.score_logprobs(reference, sequences, starts, temperature=args.temperature, **batching)
@@ -258,7 +274,45 @@ class PPOTrainer(Trainer):
             "scores": scores,
             "ended": ended,
         }
-        return Episodes.gather(own, args.world_size)
+        if self.engine:
+            own["sampler_logprobs"] = [answer.logprobs for answer in answers]
+        episodes = Episodes.gather(own, args.world_size)
+        if self.engine:
+            self.compare(episodes)
+        return episodes
+
+    def answers(self, policy: PreTrainedModel, prompts: list[list[int]], uniforms: Tensor) -> list[rollout.Completion]:
+        """One response to each prompt, sampled by the policy itself."""
+        args = self.args
+        with self.accelerator.autocast():
+            return rollout.generate(
+                policy,
+                prompts,
+                max_new_tokens=args.response_length,
+                temperature=args.temperature,
+                eos_token_id=self.eos_id,
+                pad_token_id=self.pad_id,
+                uniforms=uniforms,
+                batch_size=args.generation_batch_size,
+                max_tokens=args.max_tokens,
+            )
+
+    def compare(self, episodes: Episodes) -> None:
+        """Hold what vLLM says of its samples against what the policy says of them.
+
+        Raises:
+            RolloutError: they are not of one policy.
+        """
+        stats, most = sampler_stats(episodes), self.args.vllm_max_logprob_difference
+        self.record(stats)
+        found, highest = (value.item() for value in stats.values())
+        if not found <= most:
+            raise rollout.RolloutError(
+                f"vLLM's log-probabilities of what it sampled differ from the policy's by {found:.3g} nats a token "
+                f"(at most {highest:.3g}), which is more than vllm_max_logprob_difference={most}: does it have other "
+                "weights (a server that another run uses, too, or a sync that failed), another precision (its dtype, "
+                "or quantization), or another tokenizer or model than the policy's?"
+            )
 
     @contextmanager
     def reference(self):

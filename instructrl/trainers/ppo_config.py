@@ -9,6 +9,7 @@ CHOICES = {
     "kl_estimator": ("k1", "k3"),
     "ema_every": ("iteration", "step"),
     "ptx_normalization": ("token_mean", "sequence_sum"),
+    "vllm_mode": ("colocate", "server"),
 }
 
 
@@ -92,6 +93,27 @@ class PPOConfig(TrainingArguments):
     takes memory and saves no time."""
     generation_batch_size: int = 128
     """Sequences decoded together."""
+    use_vllm: bool = False
+    """Have vLLM sample the responses, as TRL runs it (`engine.py`; the names are those of TRL's GRPOConfig). The ratio
+    knows our own log-probabilities only."""
+    vllm_mode: str = "colocate"
+    """`colocate`: inside each process, on its GPU; `server`: behind `vllm serve`."""
+    vllm_model: str | None = None
+    """The folder or Hub id that vLLM starts from; its weights are replaced. None: the policy's own."""
+    vllm_server_base_url: str = "http://localhost:8000"
+    vllm_server_timeout: float = 240.0
+    """Seconds to wait for the server to be up."""
+    vllm_group_port: int = 51216
+    """Where the server's processes meet this one to be given the weights."""
+    vllm_gpu_memory_utilization: float = 0.3
+    """Share of a GPU's memory that a colocated vLLM takes."""
+    vllm_tensor_parallel_size: int = 1
+    """Processes that share one colocated vLLM."""
+    vllm_max_model_length: int | None = None
+    """Tokens of a prompt and its response. None: of the longest prompt that the trainer was given."""
+    vllm_max_logprob_difference: float = 0.1
+    """Nats a token: by more, on average, vLLM's log-probabilities of what it sampled must not differ from ours. Our
+    choice: in bfloat16 they differ by about a hundredth."""
     completions_every: int = 0
     """Iterations between tables of sampled completions, the last iteration's included; 0: none."""
     num_completions: int = 8
@@ -140,6 +162,11 @@ class PPOConfig(TrainingArguments):
             raise ValueError(f"final_learning_rate_share={self.final_learning_rate_share} must be from 0 to 1")
         if self.kl_target is not None and self.kl_target <= 0:
             raise ValueError(f"kl_target={self.kl_target} must be above 0; None keeps kl_coef fixed")
+        if self.use_vllm and self.vllm_mode == "colocate" and self.world_size % self.vllm_tensor_parallel_size:
+            raise ValueError(
+                f"vllm_tensor_parallel_size={self.vllm_tensor_parallel_size} does not divide the {self.world_size} "
+                "processes"
+            )
         if self.fp16:
             raise ValueError("fp16 needs one loss scaler, but policy and critic are clipped apart: set bf16 instead")
         # One Trainer step is one minibatch; what Trainer logs falls on iterations.

@@ -30,6 +30,13 @@ def episode_stats(episodes: Episodes) -> dict[str, Tensor]:
     }
 
 
+def sampler_stats(episodes: Episodes) -> dict[str, Tensor]:
+    """How far vLLM's log-probabilities of what it sampled are from ours, in nats a token."""
+    difference = (episodes.sampler_logprobs - episodes.old_logprobs)[episodes.mask].abs()
+    names = ("sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max")
+    return dict(zip(names, (difference.mean(), difference.max()), strict=True))
+
+
 EVALUATED = (
     "objective/scores",
     "objective/scores_std",

@@ -21,6 +21,10 @@ from instructrl.trainers.packing import Pack, can_pack, outputs, packed_forward
 DROP_BELOW = 0.75  # finished rows leave the batch when fewer than this share of it goes on: leaving copies the cache
 
 
+class RolloutError(RuntimeError):
+    """Sampling cannot go on; the message says what to look at."""
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """A sampled response."""
