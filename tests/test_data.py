@@ -341,6 +341,21 @@ def test_no_prompt_left_for_eval(tmp_path):
         read(tmp_path, data)
 
 
+def test_no_ranking_left_to_train_on(tmp_path):
+    """The only prompt that is ranked falls to the judge, while there are prompts enough for all else."""
+    prompts = [{"prompt": f"p{n}", "response": "b"} for n in range(300)]
+    data = {
+        "demonstrations": (jsonl(tmp_path / "d.jsonl", prompts),),
+        "rankings": (jsonl(tmp_path / "r.jsonl", [{"prompt": "Question 0", "chosen": "x", "rejected": "y"}]),),
+        "prompts": (jsonl(tmp_path / "p.jsonl", prompts),),
+        "pii_filter": False,
+        "judge_ranking_share": 0.85,
+        "valid_ranking_share": 0.1,
+    }
+    with pytest.raises(UserError, match=r"data\.rankings: nothing is left to train on: all are held out"):
+        read(tmp_path, data)
+
+
 def everything_of_everything(folder, count):
     """Each prompt is a demonstration, a ranking and a PPO prompt."""
     rows = [{"prompt": f"Question {n}", "response": "a", "chosen": "x", "rejected": "y"} for n in range(count)]

@@ -258,7 +258,7 @@ def check_parts(pool: Pool, data: Data) -> None:
     """Something must be left to train on and to measure with."""
     if data.rankings and not pool.count("rankings"):
         raise UserError("data.rankings: nothing is left after dropping rankings whose responses are all tied")
-    for kind in ("demonstrations", "prompts"):
+    for kind in ("demonstrations", "rankings", "prompts"):
         if getattr(data, kind) and not pool.count(kind, "part = 'train'"):
             removed = "; ".join(f"{step.removed[kind]} {step.says}" for step in pool.steps if step.removed.get(kind))
             raise UserError(
