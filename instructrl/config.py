@@ -48,8 +48,10 @@ class LoRA(Section):
     """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) in place of all weights: W + alpha / r B A, of which A and B
     are trained. Not in the paper, which trains all weights; for models whose gradients and moments do not fit.
 
-    Every stage trains an adapter of its own on its input model and saves the merged weights; only its checkpoints hold
-    the adapter. In PPO the reference is the policy without it. A scalar head is trained in full.
+    All stages adapt one frozen base model. `sft` and `ppo_init` train a new adapter on it; every later one goes on from
+    a copy of its input's: `reward_model` from `sft`'s, the policy of PPO from its `init`'s, the critic from
+    `reward_model`'s. So the four roles of PPO share the base. An artifact holds its adapter and the merged weights. A
+    scalar head is trained in full.
     """
 
     r: PositiveInt = 16
@@ -62,6 +64,9 @@ class LoRA(Section):
     """The matrices that are adapted, by the end of their names: `[q_proj, v_proj]`. Empty: all but embedding and head,
     which comes closest to training all weights (Dettmers et al. 2023, arXiv 2305.14314; Schulman et al. 2025, "LoRA
     Without Regret")."""
+    quantization: Literal["nf4"] | None = None
+    """QLoRA (Dettmers et al. 2023): the base model's matrices in 4 bits, the constants that scale them in 8. Needs
+    `instructrl[qlora]`. Merged weights are those in 4 bits plus the adapter, in `model.dtype`. Null: no."""
 
 
 class Model(Section):

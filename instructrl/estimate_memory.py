@@ -29,6 +29,9 @@ BUCKETS = "gradients in DDP's buckets"
 CHUNK = 1024
 """Padded tokens of a forward pass on a CPU, in sft and reward_model: `FastSFTTrainer.max_tokens`."""
 FLOAT = 4
+NF4 = (4 + 0.127) / 8
+"""Bytes of a number of a base model in 4 bits (`model.lora.quantization`), its constants included (QLoRA,
+arXiv 2305.14314, section 3)."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,17 @@ class Network:
 
     @property
     def weight_bytes(self) -> int:
-        adapters = self.learnt * FLOAT if self.recipe.model.lora else 0
-        return self.weights * self.precision + adapters
+        if self.recipe.model.lora is None or not self.trained:  # what is only read has been merged
+            return self.weights * self.precision
+        packed = int(self.shape.matrix_weights * (self.precision - NF4)) if self.recipe.model.lora.quantization else 0
+        return self.weights * self.precision - packed + self.adapter_bytes
+
+    @property
+    def adapter_bytes(self) -> int:
+        """An adapter, and the scalar head beside it, without the base model; 0 in a recipe that has none."""
+        lora = self.recipe.model.lora
+        head = self.shape.width if self.head == "scalar" else 0
+        return (self.shape.adapter(lora) + head) * FLOAT if lora else 0
 
     @property
     def precision(self) -> int:
@@ -337,11 +349,12 @@ def _saved(stage: str, network: Network) -> Phase:
 def _ppo(stage: str, recipe: Recipe, shape: Shape, device: Device) -> Iterator[Phase]:
     section: PPO = getattr(recipe, stage)
     policy, critic = Network(shape, recipe, "words"), Network(shape, recipe, "scalar")
+    shared = recipe.model.lora is not None  # all four are adapters on the policy's base model
     held = {
         "policy": policy.weight_bytes,
-        "critic": critic.weight_bytes,
-        "reward model": Network(shape, recipe, "scalar", trained=False).weight_bytes,
-        "reference": 0 if recipe.model.lora else policy.weight_bytes,
+        "critic": critic.adapter_bytes if shared else critic.weight_bytes,
+        "reward model": critic.adapter_bytes if shared else critic.weight_bytes,
+        "reference": policy.adapter_bytes if shared else policy.weight_bytes,
         "moving average": policy.learnt * FLOAT if section.ema_decay else 0,
         "Adam's moments": policy.moments + critic.moments,
         BUCKETS: policy.buckets + critic.buckets,

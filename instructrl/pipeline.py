@@ -30,6 +30,9 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
     ranked = ("label",) if recipe.data.world else ()
     judge = ("judge",) if recipe.eval.judge == "reward_model" else ()
     init = ("ppo_init",) if "ppo_init" in (recipe.ppo.init, recipe.ppo_ptx.init) else ()
+    adapted = base if recipe.model.lora else ()  # adapters are of the base model
+    # Their artifacts hold the adapter too, and later stages go on from it.
+    trained = 3 if recipe.model.lora else 2
     lengths = ("model",) if recipe.model.path and not recipe.data.world else ()  # of prompts, in its tokens
     every = (
         Stage("data", reads=("data", "seed", *lengths), version=2, makes="demonstrations, rankings, prompts and text"),
@@ -38,7 +41,7 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
             "sft",
             reads=("model", "sft", "seed"),
             needs=("data", *base),
-            version=2,
+            version=trained,
             makes="the supervised policy",
             distributed=True,
         ),
@@ -46,16 +49,16 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
         Stage(
             "reward_model",
             reads=("reward_model", "seed"),
-            needs=("data", "sft", *ranked),
-            version=2,
+            needs=("data", *adapted, "sft", *ranked),
+            version=trained,
             makes="the reward model",
             distributed=True,
         ),
         Stage(
             "judge",
             reads=("reward_model", "seed"),
-            needs=("data", "sft"),
-            version=2,
+            needs=("data", *adapted, "sft"),
+            version=trained,
             module="reward_model",
             makes="a reward model for eval, from rankings held out for it",
             distributed=True,
@@ -64,23 +67,23 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
             "ppo_init",
             reads=("model", "ppo_init", "seed"),
             needs=("data", *base),
-            version=2,
+            version=trained,
             makes="the policy that PPO starts from",
             distributed=True,
         ),
         Stage(
             "ppo",
             reads=("ppo", "seed"),
-            needs=("data", recipe.ppo.init, "reward_model"),
-            version=2,
+            needs=("data", *adapted, recipe.ppo.init, "reward_model"),
+            version=trained,
             makes="the PPO policy",
             distributed=True,
         ),
         Stage(
             "ppo_ptx",
             reads=("ppo_ptx", "seed"),
-            needs=("data", recipe.ppo_ptx.init, "reward_model"),
-            version=2,
+            needs=("data", *adapted, recipe.ppo_ptx.init, "reward_model"),
+            version=trained,
             module="ppo",
             makes="the PPO-ptx policy",
             distributed=True,

@@ -154,16 +154,17 @@ def in_bf16(recipe: Recipe) -> bool:
 
 
 def disk(stage: str, recipe: Recipe, shape: Shape) -> int:
-    """Bytes of a stage's artifact: the models in it, which hold merged weights where there are adapters."""
+    """Bytes of a stage's artifact: the models in it, merged weights beside an adapter where there are adapters."""
     precision = 2 if recipe.model.dtype == "bfloat16" else 4
-    policy, scalar = shape.policy * precision, shape.scalar * precision
+    beside = Network(shape, recipe, "words").adapter_bytes if stage != "pretrain" else 0
+    policy, scalar = shape.policy * precision + beside, shape.scalar * precision + beside
     if stage in ("pretrain", "sft", "ppo_init"):
         return policy
     if stage in ("reward_model", "judge"):
         return scalar
     if stage in ("ppo", "ppo_ptx"):
         section: PPO = getattr(recipe, stage)
-        return policy * (1 + bool(section.ema_decay) + section.snapshots) + scalar
+        return policy * (1 + bool(section.ema_decay)) + (policy - beside) * section.snapshots + scalar
     return 0
 
 

@@ -87,6 +87,22 @@ def test_the_four_models_of_ppo_ptx_by_hand():
     assert found["update of the policy"].parts["logits"] == 4 * 16 * 1000 * 4 * 3
 
 
+@pytest.mark.parametrize(("quantization", "matrix"), [(None, 2), ("nf4", (4 + 0.127) / 8)])
+def test_adapters_on_one_base_by_hand(quantization, matrix):
+    """At the step: the base once, four adapters and two heads, moments and gradients of two of each, an average."""
+    shape = Shape("gpt2", 1000, 64, 4, 4, 4, 16, 256, 64, tied=True)
+    short = {"total_episodes": 8, "batch_size": 8, "num_mini_batches": 2, "response_length": 16}
+    model = {"lora": {"r": 8, "quantization": quantization}, "dtype": "bfloat16"}
+    every = phases("ppo", recipe(ppo=short, model=model, data=TEXT | {"max_prompt_tokens": 32}), shape, "cuda")
+    found = {phase.name: phase for phase in every}
+    matrices = 4 * (64 * 192 + 64 * 64 + 2 * 64 * 256)
+    adapter = 4 * 8 * ((64 + 192) + (64 + 64) + 2 * (64 + 256))
+    base = 2 * (shape.policy - matrices) + matrix * matrices
+    learnt = adapter + (adapter + 64)
+    held = base + 4 * (4 * adapter + 2 * 64) + 4 * adapter + 2 * 4 * learnt
+    assert found["step"].total == pytest.approx(LIBRARIES["cuda"] + held + 4 * learnt, abs=1)
+
+
 @pytest.mark.parametrize("stage", ["sft", "reward_model", "ppo", "ppo_ptx"])
 def test_adapters_and_checkpointing_take_less(stage):
     shape = shape_of({"model_type": "gpt2"})

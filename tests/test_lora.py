@@ -4,6 +4,7 @@ import json
 import math
 import random
 
+import adapted_models
 import pytest
 import tiny_models as tiny
 import torch
@@ -20,6 +21,7 @@ from instructrl.stages.contract import Contract
 from instructrl.stages.tables import DEMONSTRATIONS, PROMPTS, RANKINGS, TEXT, write_table
 from instructrl.trainers.actor_critic import network
 
+TEMPLATE = "{prompt} w3 "
 WORDS = [f"w{number}" for number in range(3, tiny.VOCABULARY)]
 PPO = {"init": "sft", "total_episodes": 48, "batch_size": 16, "num_mini_batches": 2, "response_length": 6}
 PPO |= {"learning_rate": 1e-2, "critic_learning_rate": 1e-2, "warmup_iterations": 1}
@@ -30,7 +32,7 @@ def recipe(path="unused", **changes):
     """A recipe of adapters; `changes` by section, `lora` among them."""
     adapter = {"r": 4, "alpha": 8, "dropout": 0.1} | changes.pop("lora", {})
     values = {
-        "model": {"path": str(path), "template": "{prompt} w3 ", "lora": adapter},
+        "model": {"path": str(path), "template": TEMPLATE, "lora": adapter},
         "data": {"world": {}},
         "eval": {"judge": "gold"},
         "sft": {"learning_rate": 1e-2, "batch_size": 6, "epochs": 2},
@@ -55,13 +57,8 @@ def text(seed, count):
     return " ".join(random.Random(seed).choices(WORDS, k=count))
 
 
-@pytest.fixture(scope="module", params=tiny.ARCHITECTURES)
-def inputs(request, tmp_path_factory):
-    """Artifacts of data, and a base model, an SFT model and a reward model that are random."""
-    folder, contract = tmp_path_factory.mktemp(request.param), Contract(tiny.tokenizer(), "{prompt} w3 ")
-    for name in ("pretrain", "sft"):
-        models.save(tiny.policy(request.param), contract, folder / name / "model")
-    models.save(tiny.reward_model(request.param), contract, folder / "reward_model" / "model")
+def write_tables(folder):
+    """Of data, as the stages read them."""
     tables = {
         "demonstrations": ([{"prompt": text(n, 3), "response": text(-n, 4)} for n in range(1, 19)], DEMONSTRATIONS),
         "rankings": (
@@ -71,10 +68,18 @@ def inputs(request, tmp_path_factory):
         "prompts": ([{"prompt": text(n, 4)} for n in range(20)], PROMPTS),
         "text": ([{"text": text(n, 12)} for n in range(20)], TEXT),
     }
-    (folder / "data").mkdir()
+    folder.mkdir()
     for name, (rows, schema) in tables.items():
         for split in ("train", "valid"):
-            write_table(folder / "data" / f"{name}.{split}.parquet", rows, schema)
+            write_table(folder / f"{name}.{split}.parquet", rows, schema)
+
+
+@pytest.fixture(scope="module", params=tiny.ARCHITECTURES)
+def inputs(request, tmp_path_factory):
+    """Artifacts of data, a random base model, and random adapters of an SFT model and a reward model."""
+    folder, contract = tmp_path_factory.mktemp(request.param), Contract(tiny.tokenizer(), TEMPLATE)
+    adapted_models.write(tiny.policy(request.param), contract, recipe(), folder)
+    write_tables(folder / "data")
     return {name: folder / name for name in ("data", "pretrain", "sft", "reward_model")}
 
 

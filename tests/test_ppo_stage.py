@@ -5,6 +5,7 @@ import os
 import random
 import signal
 
+import adapted_models
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
@@ -161,8 +162,15 @@ def test_a_snapshot_is_the_policy_that_a_shorter_run_ends_with(inputs, tmp_path,
     def run(name, **changes):
         wanted = recipe(**changes)
         wanted = wanted.model_copy(update={"model": wanted.model.model_copy(update={"lora": lora})})
-        ppo.run("ppo", wanted, inputs, folder(tmp_path, name))
+        begun = inputs | (adapters(wanted) if lora else {})
+        ppo.run("ppo", wanted, begun, folder(tmp_path, name))
         return tmp_path / name
+
+    def adapters(wanted):
+        base = models.load_policy(inputs["sft"] / "model", wanted)
+        names = ("sft", "reward_model")
+        adapted_models.write(base, Contract.load(inputs["sft"] / "model"), wanted, tmp_path / "made", names)
+        return {made: tmp_path / "made" / made for made in ("pretrain", *names)}
 
     short, long = run("short", total_episodes=32), run("long", snapshots=1)
     [(iteration, path)] = snapshots.kept(long).items()

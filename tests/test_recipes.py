@@ -39,14 +39,14 @@ def header(path):
 
 
 def text_of(path):
-    """A recipe and the files of conf that it chooses."""
-    chosen = [
-        f"{group}/{name}"
-        for one in yaml.safe_load(path.read_text()).get("defaults", [])
-        if isinstance(one, dict)
-        for group, name in one.items()
-    ]
-    return "\n".join(file.read_text() for file in (path, *(ROOT / "conf" / f"{name}.yaml" for name in chosen)))
+    """A recipe, the files of conf that it chooses, and the recipe that it changes."""
+    defaults = yaml.safe_load(path.read_text()).get("defaults", [])
+    chosen = [f"{group}/{name}" for one in defaults if isinstance(one, dict) for group, name in one.items()]
+    files = [path, *(ROOT / "conf" / f"{name}.yaml" for name in chosen)]
+    files += [ROOT / "recipes" / f"{one}.yaml" for one in defaults if isinstance(one, str) and one != "_self_"]
+    return "\n".join(
+        text_of(file) if file.parent == ROOT / "recipes" and file != path else file.read_text() for file in files
+    )
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -134,7 +134,7 @@ def weights_in_ppo_ptx(name):
         lora = recipe.model.lora
         adapted = get_peft_model(model, LoraConfig(r=lora.r, target_modules="all-linear"))
         adapter = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-        return (2 * policy + 2 * 2 * scalar + adapter * (2 * 16 + average + 4)) / 1e9
+        return (2 * policy + adapter * (2 * 16 + 2 * 4 + average + 4)) / 1e9
     return (policy * (16 + 4 + average + 4 + 2) + scalar * (16 + 4)) / 1e9
 
 

@@ -1,5 +1,6 @@
 """Loading and saving models: folders and the Hub, safetensors only, with errors in one sentence."""
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -65,10 +67,54 @@ def load_policy(path: Path | str, recipe: Recipe) -> PreTrainedModel:
     return _model(AutoModelForCausalLM, path, recipe)
 
 
+def load_base(path: Path | str, recipe: Recipe) -> PreTrainedModel:
+    """The same, in 4 bits where `model.lora.quantization` says so: the base model that adapters are put on.
+
+    Raises:
+        UserError: nothing usable is there.
+    """
+    lora = recipe.model.lora
+    if lora is None or lora.quantization is None:
+        return load_policy(path, recipe)
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=lora.quantization,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, recipe.model.dtype),
+    )
+    options = {"quantization_config": settings, "device_map": {"": device(recipe)}}
+    model = _model(AutoModelForCausalLM, path, recipe, **options)
+    if model.device.type == "cpu":
+        mend_for_cpu(model)
+    return model
+
+
+def mend_for_cpu(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes (0.50) from packing weights anew in eval mode, with constants rounded to bfloat16.
+
+    Raises:
+        UserError: it would read a matrix wrongly, as it does where a block of 64 numbers spans two rows.
+    """
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None and state.shape[-1] % state.blocksize:
+            raise UserError(
+                f"model.lora.quantization: {name} reads {state.shape[-1]} numbers, and on a CPU that must be a "
+                f"multiple of {state.blocksize}; set it to null, or use a GPU."
+            )
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def load_reward_model(path: Path | str, recipe: Recipe) -> tuple[PreTrainedModel, float]:
     """A reward model and its bias: the demonstrations' mean score, to be subtracted from every score (App. C.2)."""
     model = _model(AutoModelForSequenceClassification, path, recipe)
-    return model, float(getattr(model.config, "reward_bias", 0.0))
+    return model, load_bias(path, recipe)
+
+
+def load_bias(path: Path | str, recipe: Recipe) -> float:
+    """The reward model's bias, without its weights."""
+    return float(getattr(_from(AutoConfig, path, recipe), "reward_bias", 0.0))
 
 
 def init_reward_model(path: Path | str, recipe: Recipe) -> PreTrainedModel:
@@ -77,9 +123,14 @@ def init_reward_model(path: Path | str, recipe: Recipe) -> PreTrainedModel:
     The head starts at standard deviation 1 / sqrt(hidden size + 1), as OpenAI's earlier code does (arXiv 2403.17031).
     """
     model = _model(AutoModelForSequenceClassification, path, recipe, num_labels=1)
+    draw_head(model)
+    return model
+
+
+def draw_head(model: PreTrainedModel) -> None:
+    """Draw the scalar head anew."""
     width = model.score.in_features
     torch.nn.init.normal_(model.score.weight, std=(width + 1) ** -0.5)
-    return model
 
 
 def contract_of(path: Path | str, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Contract:
@@ -144,8 +195,24 @@ def save_base(
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = True  # Trainer switches it off, and a policy that samples without it is slow
-    model.save_pretrained(folder, state_dict=weights)
+    write_weights(model, folder, weights)
     tokenizer.save_pretrained(folder)
+
+
+def write_weights(model: PreTrainedModel, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Weights (safetensors) and config. Of a model in 4 bits, `weights` must be those of the plain one."""
+    if hasattr(model.config, "quantization_config"):
+        generation, model = model.generation_config, unquantized(model)
+        model.generation_config = generation
+    model.save_pretrained(folder, state_dict=weights)
+
+
+def unquantized(model: PreTrainedModel) -> PreTrainedModel:
+    """The model that a quantized one was made from, without its weights."""
+    config = copy.deepcopy(model.config)
+    vars(config).pop("quantization_config", None)
+    with torch.device("meta"):
+        return type(model)(config)
 
 
 def _model(kind: Any, path: Path | str, recipe: Recipe, **options: Any) -> PreTrainedModel:

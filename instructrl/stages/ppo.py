@@ -8,12 +8,12 @@ from transformers import PreTrainedModel, set_seed
 
 from instructrl.config import PPO, Recipe
 from instructrl.errors import StageFailed, UserError
-from instructrl.stages import ranks
+from instructrl.stages import base_model, lora, ranks
 from instructrl.stages.checkpoints import FOLDER, train
 from instructrl.stages.contract import Contract
 from instructrl.stages.divergence import Rows
-from instructrl.stages.lora import adapted, merged_weights
-from instructrl.stages.models import device, load_policy, load_reward_model, save
+from instructrl.stages.models import device
+from instructrl.stages.roles import Roles
 from instructrl.stages.snapshots import Snapshots, iterations
 from instructrl.stages.tables import read_table
 from instructrl.trainers.actor_critic import network
@@ -53,23 +53,21 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
         StageFailed: vLLM is not there, or not the policy that it should be.
     """
     section: PPO = getattr(recipe, name)
-    policy = load_policy(inputs[section.init] / "model", recipe)
-    reward_model, bias = load_reward_model(inputs["reward_model"] / "model", recipe)
-    critic, _ = load_reward_model(inputs["reward_model"] / "model", recipe)
     contract = Contract.load(inputs[section.init] / "model")
     contract.check(inputs["reward_model"] / "model", "reward_model", section.init)  # the critic's, too
-    prompts, dropped = read_prompts(name, recipe, inputs["data"], contract, policy)
+    roles = Roles.of(section, recipe, inputs, contract)
+    policy, critic, bias = roles.policy, roles.critic, roles.bias
+    prompts, dropped = read_prompts(name, recipe, inputs["data"], contract, network(policy))
     held_out: dict[str, dict] = {}
     if section.backend == "trl":
         from instructrl.stages import trl_ppo
 
         ema = EMA(policy, section.ema_decay, every=1) if section.ema_decay else None
-        models = (policy, critic, reward_model)
+        models = (policy, critic, roles.reward_model)
         callbacks = [Snapshots(policy, folder, section.snapshots, iterations(section)), *([ema] if ema else [])]
         log = trl_ppo.train(name, recipe, folder, contract.tokenizer, *models, bias, prompts, callbacks)
     else:
-        set_seed(recipe.seed)  # adapters are drawn
-        policy, critic = adapted(policy, recipe), adapted(critic, recipe)
+        set_seed(recipe.seed)
         documents = read_documents(name, section, inputs["data"], contract) if section.ptx_coef else []
         args = arguments(recipe, section, bias, folder / FOLDER)
         args.vllm_model = str(inputs[section.init] / "model")
@@ -80,10 +78,11 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
                 processing_class=contract.tokenizer,
                 model=policy,
                 value_model=critic,
-                reward_model=reward_model,
+                reward_model=roles.reward_model,
+                ref_model=roles.reference,
                 train_dataset=prompts,
                 ptx_dataset=documents or None,
-                plain_weights=merged_weights,
+                plain_weights=lora.merged_weights,
                 callbacks=[Snapshots(policy, folder, section.snapshots, args.num_iterations, args.steps_per_iteration)],
             )
         tables = [
@@ -94,11 +93,12 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
             train(trainer, folder, recipe.runtime.save_minutes, tables)
             held_out = evaluated(trainer, read_held_out(name, recipe, inputs["data"], contract, network(policy)))
         ema, log = trainer.ema, [line for line in trainer.state.log_history if FINAL["kl"] in line]
-    save(network(policy), contract, folder / "model", merged_weights(policy))
-    save(network(critic), contract, folder / "critic", merged_weights(critic))
+    base = base_model.identity(inputs, recipe)
+    lora.save(policy, contract, folder / "model", base)
+    lora.save(critic, contract, folder / "critic", base)
     if ema:
         with ema.applied():
-            save(network(policy), contract, folder / "ema", merged_weights(policy))
+            lora.save(policy, contract, folder / "ema", base)
 
     last = log[-max(1, round(LAST * len(log))) :]
     return {
@@ -132,7 +132,9 @@ def refused() -> Iterator[None]:
 
 
 def check(recipe: Recipe) -> None:
-    """Refuse what TRL's trainer cannot do, where a section asks for it, before anything trains."""
+    """Refuse what TRL's trainer cannot do, where a section asks for it, and 4-bit weights without the library for them,
+    before anything trains."""
+    base_model.check(recipe)
     for name in ("ppo", "ppo_ptx"):
         if getattr(recipe, name).backend == "trl":
             from instructrl.stages import trl_ppo

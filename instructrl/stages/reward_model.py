@@ -10,12 +10,13 @@ from pathlib import Path
 from statistics import fmean
 
 from datasets import Dataset, disable_progress_bars
+from peft import PeftModel
 from transformers import PreTrainedModel, set_seed
 from trl import RewardConfig
 
 from instructrl.config import Recipe
 from instructrl.errors import UserError
-from instructrl.stages import lora, models, preferences, ranks
+from instructrl.stages import base_model, lora, models, preferences, ranks
 from instructrl.stages.arguments import check_trainer, counted, optimizer, trainer_arguments
 from instructrl.stages.checkpoints import FOLDER, train
 from instructrl.stages.contract import Contract, Limits
@@ -39,12 +40,11 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
         UserError: no ranking with an untied pair is left to train on or to measure with.
     """
     disable_progress_bars()
-    sft = inputs["sft"] / "model"
-    contract = Contract.load(sft)
+    contract = Contract.load(inputs["sft"] / "model")
     # The judge is another model: with the same head and order it would share the reward model's errors.
     seed = recipe.seed + JUDGE_SEED if name == "judge" else recipe.seed
     set_seed(seed)
-    model = models.init_reward_model(sft, recipe)
+    model, trained = starting_model(recipe, inputs, contract)
     limits, dropped, unmeasured = Limits.of(recipe, model), Counter(), Counter()
     source = inputs.get("label", inputs["data"])
     train_table = "judge" if name == "judge" else "train"
@@ -57,7 +57,6 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
     fed = singles(rows) if recipe.reward_model.shuffle_pairs else rows
     arguments = trainer_arguments(RewardConfig, in_steps(recipe, len(fed) / len(rows)), "reward_model", folder / FOLDER)
     arguments.seed = seed
-    trained = lora.adapted(model, recipe)  # puts the adapter into `model`, which so stays the network to read and save
     trainer = KWiseRewardTrainer(
         model=trained,
         args=arguments,
@@ -69,15 +68,30 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
     train_loss = train(trainer, folder, recipe.runtime.save_minutes, tables)
     bias = demonstrations_mean(model, inputs["data"], contract, limits, recipe)
     model.config.reward_bias = bias
-    models.save(model, contract, folder / "model", lora.merged_weights(trained))
+    lora.save(trained, contract, folder / "model", base_model.identity(inputs, recipe))
     metrics = {"rankings": len(rows), "dropped": dict(dropped), "steps": trainer.state.global_step}
     measured = measure(model, contract, rows, held_out, recipe)
     metrics |= {"train_loss": train_loss, "valid_loss": held_out_loss(held_out), "reward_bias": bias}
     return metrics | measured
 
 
+def starting_model(
+    recipe: Recipe, inputs: dict[str, Path], contract: Contract
+) -> tuple[PreTrainedModel, PreTrainedModel | PeftModel]:
+    """The SFT model with a new scalar head in place of the unembedding: the network to read, and the same to train, of
+    which with `model.lora` SFT's adapter goes on training and the base model's weights do not."""
+    sft = inputs["sft"] / "model"
+    if recipe.model.lora is None:
+        model = models.init_reward_model(sft, recipe)
+        return model, model
+    model = base_model.scorer(base_model.load(inputs, recipe, contract))
+    return model, lora.adapted(model, recipe, start=sft)
+
+
 def check(recipe: Recipe) -> None:
-    """Refuse fields in `reward_model.trainer` that TRL's RewardConfig does not have, before anything trains."""
+    """Refuse fields in `reward_model.trainer` that TRL's RewardConfig does not have, and 4-bit weights without the
+    library for them, before anything trains."""
+    base_model.check(recipe)
     check_trainer(RewardConfig, recipe, "reward_model")
 
 

@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from instructrl.config import SFT, Recipe
 from instructrl.errors import UserError
-from instructrl.stages import lora, models
+from instructrl.stages import base_model, lora, models
 from instructrl.stages.arguments import check_trainer, counted, optimizer, trainer_arguments
 from instructrl.stages.checkpoints import FOLDER, train
 from instructrl.stages.contract import Contract, Limits
@@ -53,9 +53,9 @@ def fine_tune(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path, 
     """
     disable_progress_bars()
     section: SFT = getattr(recipe, name)
-    path = inputs["pretrain"] / "model" if "pretrain" in inputs else recipe.model.path
+    path = base_model.path_of(inputs, recipe)
     tokenizer = models.load_tokenizer(path, recipe)
-    model = models.load_policy(path, recipe)
+    model = models.load_base(path, recipe)
     contract = models.contract_of(path, tokenizer, recipe)
     models.fit(model, contract)
     set_seed(recipe.seed)  # an adapter is drawn
@@ -92,12 +92,14 @@ def fine_tune(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path, 
     if held_out:
         result = trainer.evaluate()
         metrics |= {"valid_loss": result["eval_loss"], "valid_accuracy": result["eval_mean_token_accuracy"]}
-    models.save(network(model), contract, folder / "model", lora.merged_weights(model))
+    lora.save(model, contract, folder / "model", base_model.identity(inputs, recipe))
     return metrics
 
 
 def check(recipe: Recipe) -> None:
-    """Refuse fields in `sft.trainer` that TRL's SFTConfig does not have, before anything trains."""
+    """Refuse fields in `sft.trainer` that TRL's SFTConfig does not have, and 4-bit weights without their library,
+    before anything trains."""
+    base_model.check(recipe)
     check_trainer(SFTConfig, recipe, "sft")
 
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from instructrl.config import PPO
 from instructrl.stages.lora import merged_weights
+from instructrl.stages.models import write_weights
 from instructrl.trainers.actor_critic import network
 
 FOLDER = "snapshots"
@@ -36,9 +37,7 @@ class Snapshots(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         iteration, rest = divmod(state.global_step, self.every)
         if rest == 0 and iteration in self.iterations and state.is_world_process_zero:
-            network(self.policy).save_pretrained(
-                self.folder / f"{iteration:06d}", state_dict=merged_weights(self.policy)
-            )
+            write_weights(network(self.policy), self.folder / f"{iteration:06d}", merged_weights(self.policy))
 
 
 def spread(count: int, total: int) -> list[int]:

@@ -31,7 +31,7 @@ def check_models(
     tokenizer: PreTrainedTokenizerBase,
     reward_tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
-    """Each can do what it is there for, and none shares its weights with one that is trained."""
+    """Each can do what it is there for, and none shares a weight that is trained with another."""
     if critic is None:
         raise ValueError("value_model is missing: load the reward model a second time and pass it")
     if reference is policy:
@@ -59,8 +59,9 @@ def check_models(
 
 
 def shares_weights(model: AnyModel, *others: AnyModel | None) -> bool:
+    """Whether they have a weight in common that is not frozen. (Adapters may be on one frozen base model.)"""
     weights = {id(parameter) for other in others if other is not None for parameter in other.parameters()}
-    return any(id(parameter) in weights for parameter in model.parameters())
+    return any(id(parameter) in weights for parameter in model.parameters() if parameter.requires_grad)
 
 
 def check_adapter(name: str, model: AnyModel) -> None:
