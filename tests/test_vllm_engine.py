@@ -33,6 +33,7 @@ WIDE = {"gpt2": {"n_embd": 64, "n_head": 2}, "llama": {"hidden_size": 64, "inter
 def environment():
     found = os.pathsep.join([str(PLUGIN), *filter(None, [os.environ.get("PYTHONPATH")])])
     small = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    small |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_USE_AOT_COMPILE": "0"}  # compiling takes longer than these models
     return os.environ | small | {"PYTHONPATH": found, "HF_HUB_OFFLINE": "1", "VLLM_HOST_IP": "127.0.0.1"}
 
 
@@ -51,7 +52,7 @@ def served(folder, *options):
     tiny.policy("llama", seed=9, **WIDE["llama"]).save_pretrained(folder / "served")
     tiny.tokenizer().save_pretrained(folder / "served")
     url = f"http://127.0.0.1:{free_port()}"
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder / "served")]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "served")]
     command += ["--host", "127.0.0.1", "--port", url.rpartition(":")[2], "--enforce-eager", *options]
     with (folder / "server.log").open("w") as output:
         process = subprocess.Popen(
