@@ -728,7 +728,12 @@ class Recipe(Section):
             foreign = [name for name in ("ppo", "ppo_ptx") if getattr(self, name).backend == "trl"]
             if foreign:
                 raise ValueError(
-                    f"runtime.rollouts=vllm needs {foreign[0]}.backend=instructrl, or set it to transformers"
+                    f"runtime.rollouts=vllm needs {foreign[0]}.backend=instructrl; or set runtime.rollouts=transformers"
+                )
+            if self.model.lora and self.model.lora.quantization:
+                raise ValueError(
+                    "runtime.rollouts=vllm is not for model.lora.quantization: vLLM would put the merged weights in 4 bits "
+                    "again; set runtime.rollouts=transformers"
                 )
         if self.model.lora:
             muon = [

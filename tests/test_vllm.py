@@ -202,6 +202,7 @@ def test_a_missing_vllm_is_missed_before_anything_runs(instructrl, here):
         ({"runtime": {"device": "cpu", "vllm": {"mode": "server"}}}, "needs a CUDA device"),
         ({"runtime": {"vllm": {"tensor_parallel_size": 2}}}, "does not divide the stage's 1 processes"),
         ({"ppo": {"init": "sft", "backend": "trl"}}, "needs ppo.backend=instructrl"),
+        ({"model": {"path": None, "lora": {"quantization": "nf4"}}}, "is not for model.lora.quantization"),
         ({"runtime": {"vllm": {"server_base_url": "localhost:8000"}}}, "server_base_url"),
     ],
 )
