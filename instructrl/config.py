@@ -732,8 +732,8 @@ class Recipe(Section):
                 )
             if self.model.lora and self.model.lora.quantization:
                 raise ValueError(
-                    "runtime.rollouts=vllm is not for model.lora.quantization: vLLM would put the merged weights in 4 bits "
-                    "again; set runtime.rollouts=transformers"
+                    "runtime.rollouts=vllm is not for model.lora.quantization: vLLM would put the merged weights in 4 "
+                    "bits again; set runtime.rollouts=transformers"
                 )
         if self.model.lora:
             muon = [
