@@ -217,12 +217,17 @@ def digests(folder):
     }
 
 
+def saved_often(iterations):
+    """At the end of every iteration."""
+    recipe = test_ppo_stage.recipe(total_episodes=16 * iterations, kl_target=0.05, kl_horizon=500)
+    often = recipe.runtime.model_copy(update={"save_minutes": 1e-5})
+    return recipe.model_copy(update={"runtime": often})
+
+
 @pytest.mark.slow
-def test_ppo_whose_ranks_were_killed_ends_to_the_bit_with_two_and_to_rounding_with_one(ppo_inputs, tmp_path):  # noqa: F811
-    recipe = test_ppo_stage.recipe(total_episodes=16 * 150, kl_target=0.05, kl_horizon=500)
-    often = recipe.runtime.model_copy(update={"save_minutes": 1e-5})  # at the end of every iteration
-    recipe = recipe.model_copy(update={"runtime": often})
-    whole, killed, alone = (tmp_path / name for name in ("whole", "killed", "alone"))
+def test_ppo_whose_ranks_were_killed_ends_to_the_bit_with_two(ppo_inputs, tmp_path):  # noqa: F811
+    recipe = saved_often(iterations=150)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
     finished(start(recipe, ppo_inputs, whole, 2))
     dice = random.Random(0)
     for number in range(4):
@@ -236,8 +241,16 @@ def test_ppo_whose_ranks_were_killed_ends_to_the_bit_with_two_and_to_rounding_wi
         return [{k: v for k, v in line.items() if "seconds" not in k and k != "eps"} for line in log(folder)]
 
     assert lines(killed) == lines(whole)
-    kill_a_rank(start(recipe, ppo_inputs, alone, 2), alone, 1, 0.3)
+
+
+@pytest.mark.slow
+def test_ppo_of_which_a_rank_was_killed_ends_to_rounding_with_one(ppo_inputs, tmp_path):  # noqa: F811
+    """Over 20 iterations. Over 150 a rounding may make one sampled token another, and all that follows."""
+    recipe = saved_often(iterations=20)
+    whole, alone = tmp_path / "whole", tmp_path / "alone"
+    finished(start(recipe, ppo_inputs, whole, 2))
+    kill_a_rank(start(recipe, ppo_inputs, alone, 2), alone, 1, 0.05)
     finished(start(recipe, ppo_inputs, alone, 1))
     largest = difference(alone, whole)
-    assert 0 < largest < 1e-3
+    assert 0 < largest < 1e-5
     print(f"resumed with one process: largest difference of a final weight {largest:.1e}")
