@@ -9,7 +9,7 @@ VLLM := .venv-vllm
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 FAST := not slow and not gpu and not network and not slurm and not vllm
 # of what touches TRL
-STAGE_TESTS := $(patsubst %,tests/test_%.py,checkpoints eval label lora models ppo ppo_stage pretrain ranking reward_model sft trl_ppo)
+STAGE_TESTS := $(patsubst %,tests/test_%.py,checkpoints eval label lora models ppo ppo_stage pretrain ranking reward_model sft trl_ppo vllm)
 
 .DEFAULT_GOAL := help
 .PHONY: help run test test-gpu test-slow test-slurm test-trl-min test-vllm parity chaos check bench-ppo bench-reward bench-sft bench-data bench-estimate scorecard clean

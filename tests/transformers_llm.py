@@ -41,7 +41,7 @@ class LLM:
 
     @torch.no_grad()
     def load_weights(self, named):
-        mine = dict(self.model.named_parameters(remove_duplicate=False))
+        mine = dict(self.model.named_parameters())  # a tied head is refused, as vLLM refuses it
         for name, weight in named:
             mine[name].copy_(weight)
             self.loads.append(name)

@@ -117,7 +117,11 @@ class Engine(VLLMGeneration):
         if not isinstance(self.model, PeftModel):
             yield from super()._iter_named_params()
             return
+        buffers, sent = dict(network(self.model).named_buffers()), set()
         for name, weight in self.plain_weights(self.model).items():
+            if name in buffers or weight.data_ptr() in sent:  # vLLM ties by itself, and refuses a head that is tied
+                continue
+            sent.add(weight.data_ptr())
             yield name, weight.to(self.accelerator.device)
 
     @contextmanager
