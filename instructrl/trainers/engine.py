@@ -18,8 +18,9 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.import_utils import is_vllm_available
 
 from instructrl.trainers.actor_critic import network
-from instructrl.trainers.experience import seeded
+from instructrl.trainers.experience import Episodes, seeded
 from instructrl.trainers.ppo_config import PPOConfig
+from instructrl.trainers.ppo_stats import sampler_stats
 from instructrl.trainers.rollout import Completion, RolloutError
 
 NEVER = -100.0
@@ -59,8 +60,8 @@ class Engine(VLLMGeneration):
             raise RolloutError("use_vllm needs vLLM, which is not installed: pip install 'instructrl[vllm]'")
         if isinstance(policy, PeftModel) and plain_weights is None:
             raise ValueError("use_vllm and a policy with an adapter: pass plain_weights, which merges it")
-        self.plain_weights, self.seed = plain_weights, args.seed
-        with named(policy, args.vllm_model), global_seed(args.seed), self.asked(args):
+        self.args, self.plain_weights = args, plain_weights
+        with named(policy, args.vllm_model), global_seed(args.seed), self.asked():
             super().__init__(
                 model=policy,
                 accelerator=accelerator,
@@ -83,7 +84,6 @@ class Engine(VLLMGeneration):
                 told = self.vllm_client.get_server_info()["model_config"]["logprobs_mode"]
                 if told != PROCESSED:
                     raise RolloutError(f"it runs with --logprobs-mode {told}: restart it with {PROCESSED}")
-        self.args = args
 
     def answers(self, prompts: list[list[int]], most: int, *stream: object) -> list[Completion]:
         """One response to each of this process's prompts, by the policy's weights as they are now.
@@ -100,7 +100,7 @@ class Engine(VLLMGeneration):
         """
         group = self.accelerator.process_index // self.tensor_parallel_size  # whose processes must draw alike
         filled = prompts + [prompts[0] if prompts else [self.processing_class.eos_token_id]] * (most - len(prompts))
-        with global_seed(seeded(self.seed, *stream, group).initial_seed()), self.asked(self.args):
+        with global_seed(seeded(self.args.seed, *stream, group).initial_seed()), self.asked():
             self.sync_weights()
             _, responses, logprobs, _ = self.generate(filled, None, num_generations=1)
         found = [[math.nan if token[0] is None else token[0] for token in row] for row in logprobs]
@@ -110,6 +110,23 @@ class Engine(VLLMGeneration):
             )
         made = [Completion(list(ids), torch.tensor(row)) for ids, row in zip(responses, found, strict=True)]
         return made[: len(prompts)]
+
+    def compared(self, episodes: Episodes) -> dict[str, Tensor]:
+        """How far its log-probabilities are from the policy's: `sampler_stats`.
+
+        Raises:
+            RolloutError: too far for both to be of one policy.
+        """
+        stats, most = sampler_stats(episodes), self.args.vllm_max_logprob_difference
+        mean, highest = (value.item() for value in stats.values())
+        if not mean <= most:  # nor nan
+            raise RolloutError(
+                f"vLLM's log-probabilities of what it sampled differ from the policy's by {mean:.3g} nats a token (at "
+                f"most {highest:.3g}), which is more than vllm_max_logprob_difference={most}: does it have other "
+                "weights (a server that another run uses, too, or a sync that failed), another precision (its dtype, "
+                "or quantization), or another tokenizer or model than the policy's?"
+            )
+        return stats
 
     def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
         """In the place of TRL's, which merges an adapter into the policy itself and then subtracts it again: that does
@@ -125,15 +142,15 @@ class Engine(VLLMGeneration):
             yield name, weight.to(self.accelerator.device)
 
     @contextmanager
-    def asked(self, args: PPOConfig) -> Iterator[None]:
+    def asked(self) -> Iterator[None]:
         """Tell what a server refused: TRL raises a plain Exception where a request fails."""
         try:
             yield
         except Exception as error:
-            if args.vllm_mode != "server":
+            if self.args.vllm_mode != "server":
                 raise
             message = " ".join(str(error).split())
-            raise RolloutError(f"the vLLM server at {args.vllm_server_base_url}: {message}") from error
+            raise RolloutError(f"the vLLM server at {self.args.vllm_server_base_url}: {message}") from error
 
 
 @contextmanager

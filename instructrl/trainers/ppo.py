@@ -39,7 +39,6 @@ from instructrl.trainers.ppo_stats import (
     evaluation_stats,
     gradient_stats,
     policy_stats,
-    sampler_stats,
     value_stats,
 )
 from instructrl.trainers.prompts import Prompts, document_ids, fetch
@@ -278,7 +277,7 @@ class PPOTrainer(Trainer):
             own["sampler_logprobs"] = [answer.logprobs for answer in answers]
         episodes = Episodes.gather(own, args.world_size)
         if self.engine:
-            self.compare(episodes)
+            self.record(self.engine.compared(episodes))
         return episodes
 
     def answers(self, policy: PreTrainedModel, prompts: list[list[int]], uniforms: Tensor) -> list[rollout.Completion]:
@@ -295,23 +294,6 @@ class PPOTrainer(Trainer):
                 uniforms=uniforms,
                 batch_size=args.generation_batch_size,
                 max_tokens=args.max_tokens,
-            )
-
-    def compare(self, episodes: Episodes) -> None:
-        """Hold what vLLM says of its samples against what the policy says of them.
-
-        Raises:
-            RolloutError: they are not of one policy.
-        """
-        stats, most = sampler_stats(episodes), self.args.vllm_max_logprob_difference
-        self.record(stats)
-        found, highest = (value.item() for value in stats.values())
-        if not found <= most:
-            raise rollout.RolloutError(
-                f"vLLM's log-probabilities of what it sampled differ from the policy's by {found:.3g} nats a token "
-                f"(at most {highest:.3g}), which is more than vllm_max_logprob_difference={most}: does it have other "
-                "weights (a server that another run uses, too, or a sync that failed), another precision (its dtype, "
-                "or quantization), or another tokenizer or model than the policy's?"
             )
 
     @contextmanager
