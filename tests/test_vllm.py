@@ -5,6 +5,7 @@
 
 import importlib.util
 import json
+import socket
 
 import pytest
 import test_ppo_stage
@@ -15,7 +16,7 @@ from pydantic import ValidationError
 from test_ppo import PROMPTS, distance, log, trainer, weights
 from test_ppo_stage import inputs  # noqa: F401 (a fixture)
 from transformers_llm import LLM, SamplingParams
-from trl.generation import vllm_generation
+from trl.generation import vllm_client, vllm_generation
 
 from instructrl.config import Recipe, Runtime
 from instructrl.errors import StageFailed
@@ -158,6 +159,15 @@ def test_a_seed_is_a_run_and_global_generators_are_left_alone(tmp_path, exact):
         assert torch.equal(torch.get_rng_state(), before)
     assert said[0] == said[1] != said[2]
     assert said[0][0] != said[0][1]
+
+
+def test_a_server_that_is_not_there_is_named(tmp_path, exact, monkeypatch):
+    monkeypatch.setattr(vllm_client, "is_vllm_available", lambda: True)
+    with socket.socket() as probe:  # bound, and not listening
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+        with pytest.raises(RolloutError, match=f"^the vLLM server at {url}: The vLLM server can't be reached"):
+            made(tmp_path, vllm_mode="server", vllm_server_base_url=url, vllm_server_timeout=1e-6)
 
 
 # ---- the stage -------------------------------------------------------------------------------------------------------
