@@ -622,6 +622,9 @@ class Runtime(Section):
     num_processes: PositiveInt = 1
     """Processes of a stage on each node, one a GPU. They share a recipe's batches, and end where one process does, to
     rounding. `data`, `pretrain` and `label` have one process all the same. See docs/scaling.md."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """`fsdp`: the processes of a training share weights, gradients and optimizer state, in place of holding all of them
+    each; with one process there is nothing to share. See docs/scaling.md."""
     nodes: PositiveInt = 1
     """Machines that share a stage's work, and a file system for `output_dir`."""
     node_command: str = "srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --kill-on-bad-exit=1"
@@ -735,6 +738,11 @@ class Recipe(Section):
                     "runtime.rollouts=vllm is not for model.lora.quantization: vLLM would put the merged weights in 4 "
                     "bits again; set runtime.rollouts=transformers"
                 )
+        if self.runtime.sharding == "fsdp" and self.runtime.ranks > 1:
+            if self.runtime.rollouts == "vllm":
+                raise ValueError("runtime.rollouts=vllm is not for runtime.sharding=fsdp; set one of them otherwise")
+            if self.model.lora and self.model.lora.quantization:
+                raise ValueError("model.lora.quantization is not for runtime.sharding=fsdp; set runtime.sharding=none")
         if self.model.lora:
             muon = [
                 f"{name}.muon_learning_rate"

@@ -202,11 +202,13 @@ class Run:
                 recipe = node.recipe.model_dump(mode="json")
                 recipe["runtime"]["jobs"] = jobs
                 processes = node.recipe.runtime.ranks if step.stage.distributed else 1
-                before = begun.get("processes", processes)
-                if before != processes and checkpoint_steps(partial):
+                sharding = node.recipe.runtime.sharding if processes > 1 else "none"
+                now = counted(processes, sharding)
+                before = counted(begun["processes"], begun.get("sharding", "none")) if "processes" in begun else now
+                if before != now and checkpoint_steps(partial):
                     self.display.say(
-                        f"{label}: goes on with {counted(processes)} from a checkpoint of {counted(before)}, so that "
-                        "it ends as without the interruption to rounding, not to the bit"
+                        f"{label}: goes on with {now} from a checkpoint of {before}, so that it ends as without the "
+                        "interruption to rounding, not to the bit"
                     )
                 if node.recipe.runtime.rollouts == "vllm" and name in ("ppo", "ppo_ptx") and checkpoint_steps(partial):
                     self.display.say(
@@ -221,6 +223,7 @@ class Run:
                     **origin(inputs),
                     "forced": step.forced,
                     "processes": processes,
+                    "sharding": sharding,
                     "spent": begun.get("spent", 0.0),  # seconds, by earlier attempts
                     "memory": begun.get("memory", 0),  # bytes, by the hungriest of them
                     "started": time.time(),
@@ -232,7 +235,7 @@ class Run:
             spent = order["spent"] + max(0.0, (partial / RESULT).stat().st_mtime - order["started"])
             metrics = read_json(partial / RESULT)
             how = made(spent, self.command) | ({"memory": order["memory"]} if order.get("memory") else {})
-            how |= {"processes": order["processes"]} if order.get("processes", 1) > 1 else {}
+            how |= {key: order[key] for key in ("processes", "sharding") if order.get(key, 1) not in (1, "none")}
             artifact = store.publish(name, key, digests, how, metrics)
         self.display.end(label, spent, metrics)
         return artifact
@@ -382,9 +385,10 @@ def waited(process: subprocess.Popen[bytes]) -> tuple[int, int]:
     return process.returncode, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def counted(processes: int) -> str:
-    """`1 process`, `2 processes`."""
-    return f"{processes} process{'es' * (processes > 1)}"
+def counted(processes: int, sharding: str = "none") -> str:
+    """`1 process`, `2 processes`, `2 processes with sharding=fsdp`."""
+    how = f" with sharding={sharding}" if sharding != "none" else ""
+    return f"{processes} process{'es' * (processes > 1)}{how}"
 
 
 def made(seconds: float, command: Sequence[str]) -> dict:

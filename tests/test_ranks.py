@@ -16,6 +16,8 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
+from torch.distributed.fsdp import fully_shard
+from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the processes that are started below
 
@@ -30,6 +32,7 @@ from instructrl.config import Recipe
 from instructrl.launch import command
 from instructrl.pipeline import stages
 from instructrl.stages import ppo, reward_model, sft
+from instructrl.trainers import sharding
 
 RUNS = {"sft": sft.run, "reward_model": reward_model.run, "ppo_ptx": ppo.run}
 
@@ -58,11 +61,36 @@ def orders(sft_inputs, rated_policy, ppo_inputs, tmp_path):  # noqa: F811
     return {name: (recipe, made[name]) for name, recipe in recipes().items()}
 
 
-def train(rank, port, orders, folder):
-    """Both ranks of all three stages, one after the other."""
+def changed(orders, runtime=(), model=(), **sections):
+    """The orders with other settings in these sections of their recipes."""
+    updates = {"runtime": dict(runtime), "model": dict(model), **sections}
+
+    def of(recipe):
+        parts = {section: getattr(recipe, section).model_copy(update=update) for section, update in updates.items()}
+        return recipe.model_copy(update=parts)
+
+    return {name: (of(recipe), made_from) for name, (recipe, made_from) in orders.items()}
+
+
+FSDP = {"sharding": "fsdp"}
+
+
+def be_a_rank(rank, port):
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in environment.items()}
-    run_all(orders, folder)
+
+
+def train(rank, port, orders, folder):
+    """Both ranks of all three stages, one after the other, first as DDP and then as FSDP."""
+    be_a_rank(rank, port)
+    run_all(orders, folder / "ddp")
+    networks = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "fully_shard", lambda model, **options: networks.append(fully_shard(model, **options)))
+        run_all(changed(orders, runtime=FSDP), folder / "fsdp")
+    whole = [model for model in networks if isinstance(model, PreTrainedModel)]
+    assert len(whole) == 2 + 4  # PPO's policy, critic, reference and reward model
+    assert len(networks) >= 2 * len(whole)  # and their layers
 
 
 def run_all(orders, folder):
@@ -93,12 +121,20 @@ def difference(one, other):
 
 def test_two_ranks_end_where_one_process_does(orders, tmp_path):
     """Every loss to 1e-5 of itself, every final weight to 1e-5 (measured: see docs/scaling.md)."""
+    alone = tmp_path / "alone"
+    torch.multiprocessing.spawn(train, (free_port(), orders, tmp_path), nprocs=2)
+    run_all(orders, alone)
+    for two in (tmp_path / "ddp", tmp_path / "fsdp"):
+        ends_alike(two, alone, orders)
+
+
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    two, alone = tmp_path / "two", tmp_path / "alone"
-    torch.multiprocessing.spawn(train, (port, orders, two), nprocs=2)
-    run_all(orders, alone)
+        return free.getsockname()[1]
+
+
+def ends_alike(two, alone, orders):
     for name in orders:
         lines = [[line for line in log(folder / name) if "loss" in line] for folder in (two, alone)]
         assert len(lines[0]) >= 3
@@ -119,14 +155,14 @@ def test_two_ranks_end_where_one_process_does(orders, tmp_path):
 def test_a_rank_that_is_killed_is_named_and_one_process_goes_on(instructrl, fakes, here):
     script = here / "script.json"
     script.write_text(json.dumps({"sft": {"steps": 2000, "seconds": 0.02, "end": "lose rank"}}))
-    failed = instructrl("sft", "recipe=base.yaml", "runtime.num_processes=2")
+    failed = instructrl("sft", "recipe=base.yaml", "runtime.num_processes=2", "runtime.sharding=fsdp")
     assert failed.code == 1
     assert "sft ended with its rank 1 of 2, which was killed by SIGKILL; was this machine out of memory?" in failed.err
     script.write_text("{}")
     done = instructrl("sft", "recipe=base.yaml")
     assert done.code == 0, done.err
     said = " ".join((done.out + done.err).split())
-    assert "goes on with 1 process from a checkpoint of 2 processes" in said
+    assert "goes on with 1 process from a checkpoint of 2 processes with sharding=fsdp, so that" in said
     assert "to rounding, not to the bit" in said
 
 
@@ -158,10 +194,8 @@ def test_two_nodes_meet_at_an_endpoint(instructrl, fakes, here):
 "$@" & "$@" & wait $! && wait
 """)
     everywhere.chmod(0o755)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    nodes = ["runtime.nodes=2", f"runtime.node_command={everywhere}", f"runtime.rdzv_endpoint=127.0.0.1:{port}"]
+    meeting = f"runtime.rdzv_endpoint=127.0.0.1:{free_port()}"
+    nodes = ["runtime.nodes=2", f"runtime.node_command={everywhere}", meeting]
     done = instructrl("sft", "recipe=base.yaml", *nodes)
     assert done.code == 0, done.err
     made = json.loads(next(here.glob("artifacts/sft/*/manifest.json")).read_text())["made"]

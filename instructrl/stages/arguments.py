@@ -33,6 +33,8 @@ OWNED = {  # field -> who sets it; {section} is sft, ppo_init or reward_model
     "output_dir": "runtime.output_dir",
     "use_cpu": "runtime.device",
     "ddp_backend": "runtime.device",
+    "fsdp": "runtime.sharding",
+    "fsdp_config": "runtime.sharding",
     "activation_checkpointing": "runtime.gradient_checkpointing",
     "gradient_checkpointing": "runtime.gradient_checkpointing",
     "logging_steps": "runtime.logging_steps",

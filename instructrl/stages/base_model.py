@@ -20,6 +20,7 @@ from instructrl.config import Recipe
 from instructrl.errors import UserError
 from instructrl.stages import models
 from instructrl.stages.contract import Contract
+from instructrl.trainers.sharding import whole
 
 SAMPLED = 256  # numbers of each tensor that tell one base model from another
 
@@ -84,7 +85,7 @@ def digest(model: PreTrainedModel) -> str:
     """A hash that differs from another base model's: of the names, shapes and some numbers of the trunk's tensors.
 
     It is the same with an adapter as without. Of 4-bit weights only the shape counts: another device may round to
-    others.
+    others. Collective if the model is sharded.
     """
     found = hashlib.sha256()
     for name, parameter in model.base_model.named_parameters():
@@ -92,7 +93,7 @@ def digest(model: PreTrainedModel) -> str:
             continue
         found.update(f"{name.replace('.base_layer.', '.')} {tuple(parameter.shape)}".encode())
         if parameter.is_floating_point():
-            flat = parameter.flatten()
+            flat = whole(parameter.detach()).flatten()
             found.update(flat[:: max(1, len(flat) // SAMPLED)].float().cpu().numpy().tobytes())
     return found.hexdigest()[:16]
 

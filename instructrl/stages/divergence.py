@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from instructrl.errors import StageFailed
+from instructrl.trainers.sharding import local
 
 SHOWN = 12  # rows of a table in a message
 
@@ -148,7 +149,7 @@ def check_finite(model: torch.nn.Module, step: int) -> None:
         StageFailed: a weight is nan or infinite.
     """
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not torch.isfinite(local(parameter)).all():
             raise diverged(f"{name} is not finite", step)
 
 

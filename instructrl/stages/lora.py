@@ -24,6 +24,7 @@ from instructrl.errors import UserError
 from instructrl.stages import base_model, models, ranks
 from instructrl.stages.contract import Contract
 from instructrl.trainers.actor_critic import network
+from instructrl.trainers.sharding import gathered, is_sharded, whole, whole_weights
 
 ADAPTER = "default"  # PEFT's name of a model's only adapter
 HEAD = "score"  # of a reward model
@@ -102,15 +103,18 @@ def save(model: PreTrainedModel | PeftModel, contract: Contract, folder: Path, b
     base: `base_model.identity`, for the adapter's configuration.
     """
     models.save(network(model), contract, folder, merged_weights(model))
-    if isinstance(model, PeftModel) and ranks.rank() == 0:
+    if isinstance(model, PeftModel):
         save_adapter(model, folder / FOLDER, base)
 
 
 def save_adapter(model: PeftModel, folder: Path, base: Mapping[str, str | None]) -> None:
-    """In PEFT's form, as `PeftModel.from_pretrained` reads it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """In PEFT's form, as `PeftModel.from_pretrained` reads it. Rank 0 writes; collective if the model is sharded."""
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    weights = gathered(weights) if is_sharded(model) else weights
     metadata = {BASE: base_model.digest(network(model))}  # of two entries the order would differ between processes
+    if ranks.rank() != 0:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     save_file({name: weight.contiguous().cpu() for name, weight in weights.items()}, folder / FILE, metadata)
     settings = copy.copy(model.peft_config[ADAPTER])
     written = {
@@ -150,30 +154,34 @@ def begin_as(model: PeftModel, start: Path) -> None:
 @torch.no_grad()
 def merged_weights(model: PreTrainedModel | PeftModel) -> dict[str, Tensor] | None:
     """The weights of the plain model that computes the same, by the names and in the precision that it has without an
-    adapter, as `models.save` takes them; None for a model that has no adapter. What is in 4 bits is so no more.
+    adapter, as `models.save` takes them; None for a model that has no adapter and is not sharded. What is in 4 bits is
+    so no more. Of a sharded model rank 0 has all of them, others nothing: collective.
 
     The sums are taken in float32, and `model` stays as it is: subtracting again what was added would not give back the
     same weights. Memory: a second model on the CPU, and on the device one matrix.
     """
     if not isinstance(model, PeftModel):
-        return None
-    base, found = network(model), {}
+        return whole_weights(model)
+    base, found, sharded = network(model), {}, is_sharded(model)
     packed = packed_matrices(base)
     layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
-    for name, weight in base.state_dict().items():
+    seen: dict[int, Tensor] = {}  # a weight under two names stays one tensor: the second is not saved
+    for name, parameter in base.state_dict(keep_vars=True).items():
         matrix, _, rest = name.rpartition(".weight")
         if ".lora_" in name or ".original_module." in name or (matrix in packed and rest):  # rest: constants of 4 bits
             continue
+        weight = whole(parameter.detach())
         if matrix in packed:
             weight = dequantize_bnb_weight(base.get_submodule(matrix).weight).to(base.dtype)
         layer = layers.get(name.removesuffix(".base_layer.weight"))
         if layer is not None:
-            update = layer.get_delta_weight(ADAPTER)
+            update = whole(layer.get_delta_weight(ADAPTER))
             weight = (weight.float() + update.float()).to(weight.dtype).cpu()
         elif f".modules_to_save.{ADAPTER}." in name:
             weight = weight.to(base.dtype)
-        transposed = packed.get(matrix, False)
-        found[plain_name(name)] = weight.T.contiguous() if transposed else weight
+        weight = weight.T.contiguous() if packed.get(matrix, False) else weight
+        if not sharded or ranks.rank() == 0:
+            found[plain_name(name)] = seen.setdefault(id(parameter), weight.cpu() if sharded else weight)
     return found
 
 

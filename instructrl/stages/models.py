@@ -37,6 +37,12 @@ def device(recipe: Recipe) -> torch.device:
     return torch.device(wanted, ranks.local_rank()) if wanted == "cuda" and ranks.count() > 1 else torch.device(wanted)
 
 
+def nursery(recipe: Recipe) -> torch.device:
+    """Where a model that is to be trained is loaded: `device`, or main memory if it is to be sharded, as a GPU may have
+    no room for all of it."""
+    return torch.device("cpu") if ranks.sharded(recipe) else device(recipe)
+
+
 def load_tokenizer(path: Path | str, recipe: Recipe) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or Hub id. It must have an EOS token.
 
@@ -58,24 +64,25 @@ def load_context(path: Path | str, recipe: Recipe) -> int | None:
     return getattr(_from(AutoConfig, path, recipe), "max_position_embeddings", None)
 
 
-def load_policy(path: Path | str, recipe: Recipe) -> PreTrainedModel:
-    """A causal language model in the recipe's precision, in eval mode, on the stage's device.
+def load_policy(path: Path | str, recipe: Recipe, to: torch.device | None = None) -> PreTrainedModel:
+    """A causal language model in the recipe's precision, in eval mode, on the stage's device or another one.
 
     Raises:
         UserError: nothing usable is there.
     """
-    return _model(AutoModelForCausalLM, path, recipe)
+    return _model(AutoModelForCausalLM, path, recipe, to)
 
 
 def load_base(path: Path | str, recipe: Recipe) -> PreTrainedModel:
-    """The same, in 4 bits where `model.lora.quantization` says so: the base model that adapters are put on.
+    """What adapters are put on, or what is trained without them: the same where such a model is loaded (`nursery`), and
+    in 4 bits where `model.lora.quantization` says so.
 
     Raises:
         UserError: nothing usable is there.
     """
     lora = recipe.model.lora
     if lora is None or lora.quantization is None:
-        return load_policy(path, recipe)
+        return load_policy(path, recipe, nursery(recipe))
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=lora.quantization,
@@ -106,9 +113,11 @@ def mend_for_cpu(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def load_reward_model(path: Path | str, recipe: Recipe) -> tuple[PreTrainedModel, float]:
+def load_reward_model(
+    path: Path | str, recipe: Recipe, to: torch.device | None = None
+) -> tuple[PreTrainedModel, float]:
     """A reward model and its bias: the demonstrations' mean score, to be subtracted from every score (App. C.2)."""
-    model = _model(AutoModelForSequenceClassification, path, recipe)
+    model = _model(AutoModelForSequenceClassification, path, recipe, to)
     return model, load_bias(path, recipe)
 
 
@@ -117,12 +126,12 @@ def load_bias(path: Path | str, recipe: Recipe) -> float:
     return float(getattr(_from(AutoConfig, path, recipe), "reward_bias", 0.0))
 
 
-def init_reward_model(path: Path | str, recipe: Recipe) -> PreTrainedModel:
+def init_reward_model(path: Path | str, recipe: Recipe, to: torch.device | None = None) -> PreTrainedModel:
     """The policy's trunk with a new scalar head, without bias, in place of the unembedding (paper, 3.5).
 
     The head starts at standard deviation 1 / sqrt(hidden size + 1), as OpenAI's earlier code does (arXiv 2403.17031).
     """
-    model = _model(AutoModelForSequenceClassification, path, recipe, num_labels=1)
+    model = _model(AutoModelForSequenceClassification, path, recipe, to, num_labels=1)
     draw_head(model)
     return model
 
@@ -215,9 +224,11 @@ def unquantized(model: PreTrainedModel) -> PreTrainedModel:
         return type(model)(config)
 
 
-def _model(kind: Any, path: Path | str, recipe: Recipe, **options: Any) -> PreTrainedModel:
+def _model(
+    kind: Any, path: Path | str, recipe: Recipe, to: torch.device | None = None, **options: Any
+) -> PreTrainedModel:
     dtype = getattr(torch, recipe.model.dtype)
-    return _from(kind, path, recipe, use_safetensors=True, dtype=dtype, **options).eval().to(device(recipe))
+    return _from(kind, path, recipe, use_safetensors=True, dtype=dtype, **options).eval().to(to or device(recipe))
 
 
 def _from(kind: Any, path: Path | str, recipe: Recipe, **options: Any) -> Any:

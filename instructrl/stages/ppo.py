@@ -157,6 +157,7 @@ def arguments(recipe: Recipe, section: PPO, reward_bias: float, checkpoints: Pat
         **{f"vllm_{key}": value for key, value in recipe.runtime.vllm.model_dump().items()},
         bf16=recipe.runtime.bf16,
         activation_checkpointing=recipe.runtime.gradient_checkpointing,
+        sharding=recipe.runtime.sharding,
         seed=recipe.seed,
         use_cpu=where.type == "cpu",
         ddp_backend="gloo" if where.type == "cpu" and ranks.count() > 1 else None,

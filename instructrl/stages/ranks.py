@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from instructrl.config import Recipe
 from instructrl.trainers.experience import interleave
 
 
@@ -28,6 +29,11 @@ def count() -> int:
 def local_rank() -> int:
     """Which one of its machine this is: the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def sharded(recipe: Recipe) -> bool:
+    """Whether they share the weights of what they train (`runtime.sharding`)."""
+    return count() > 1 and recipe.runtime.sharding == "fsdp"
 
 
 def share(items: Sequence[Any]) -> list[Any]:

@@ -24,6 +24,7 @@ from instructrl.stages.divergence import Rows
 from instructrl.stages.tables import read_table
 from instructrl.stages.winrate import Interval
 from instructrl.trainers.ranking import KWiseRewardTrainer, has_pair, score
+from instructrl.trainers.sharding import shard, unsharded
 
 JUDGE_SEED = 1_000_003  # added to the recipe's seed
 BIAS_DEMONSTRATIONS = 1_000  # enough for their mean score
@@ -57,6 +58,8 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
     fed = singles(rows) if recipe.reward_model.shuffle_pairs else rows
     arguments = trainer_arguments(RewardConfig, in_steps(recipe, len(fed) / len(rows)), "reward_model", folder / FOLDER)
     arguments.seed = seed
+    if ranks.sharded(recipe):
+        shard(trained, arguments.device)
     trainer = KWiseRewardTrainer(
         model=trained,
         args=arguments,
@@ -66,11 +69,13 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
     )
     tables = [Rows(source / f"rankings.{train_table}.parquet", [row["number"] for row in fed])]
     train_loss = train(trainer, folder, recipe.runtime.save_minutes, tables)
-    bias = demonstrations_mean(model, inputs["data"], contract, limits, recipe)
+    with unsharded(trained):
+        bias = demonstrations_mean(model, inputs["data"], contract, limits, recipe)
     model.config.reward_bias = bias
     lora.save(trained, contract, folder / "model", base_model.identity(inputs, recipe))
     metrics = {"rankings": len(rows), "dropped": dict(dropped), "steps": trainer.state.global_step}
-    measured = measure(model, contract, rows, held_out, recipe)
+    with unsharded(trained):
+        measured = measure(model, contract, rows, held_out, recipe)
     metrics |= {"train_loss": train_loss, "valid_loss": held_out_loss(held_out), "reward_bias": bias}
     return metrics | measured
 
@@ -82,7 +87,7 @@ def starting_model(
     which with `model.lora` SFT's adapter goes on training and the base model's weights do not."""
     sft = inputs["sft"] / "model"
     if recipe.model.lora is None:
-        model = models.init_reward_model(sft, recipe)
+        model = models.init_reward_model(sft, recipe, models.nursery(recipe))
         return model, model
     model = base_model.scorer(base_model.load(inputs, recipe, contract))
     return model, lora.adapted(model, recipe, start=sft)

@@ -35,9 +35,10 @@ class Roles:
         """
         init, scoring = inputs[section.init] / "model", inputs["reward_model"] / "model"
         if recipe.model.lora is None:
-            policy = models.load_policy(init, recipe)
-            reward_model, bias = models.load_reward_model(scoring, recipe)
-            critic, _ = models.load_reward_model(scoring, recipe)
+            where = models.nursery(recipe)
+            policy = models.load_policy(init, recipe, where)
+            reward_model, bias = models.load_reward_model(scoring, recipe, where)
+            critic, _ = models.load_reward_model(scoring, recipe, where)
             return cls(policy, critic, reward_model, None, bias)
         base = base_model.load(inputs, recipe, contract)
         bias = models.load_bias(scoring, recipe)

@@ -1,6 +1,7 @@
 """Supervised fine-tuning on demonstrations: TRL's SFTTrainer with the paper's settings (3.5, App. C.1)."""
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 
 from instructrl.config import SFT, Recipe
 from instructrl.errors import UserError
-from instructrl.stages import base_model, lora, models
+from instructrl.stages import base_model, lora, models, ranks
 from instructrl.stages.arguments import check_trainer, counted, optimizer, trainer_arguments
 from instructrl.stages.checkpoints import FOLDER, train
 from instructrl.stages.contract import Contract, Limits
@@ -25,7 +26,9 @@ from instructrl.stages.tables import read_table
 from instructrl.trainers.actor_critic import network
 from instructrl.trainers.rollout import length_batches
 from instructrl.trainers.sampler import LengthBuckets
-from instructrl.trainers.shares import as_forward, batch_size, train_dataloader
+from instructrl.trainers.sharded_trainer import ShardedTrainer
+from instructrl.trainers.sharding import as_forward, is_sharded, shard
+from instructrl.trainers.shares import batch_size, train_dataloader
 
 
 def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dict:
@@ -67,9 +70,12 @@ def fine_tune(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path, 
         raise UserError(f"{name} has no demonstration left; dropped: {counted(dropped)}.")
     documents = draw(contract, limits, len(rows)) if draw else []
 
+    args = arguments(recipe, folder / FOLDER, name)
+    if ranks.sharded(recipe):
+        shard(model, args.device)
     trainer = FastSFTTrainer(
         model=model,
-        args=arguments(recipe, folder / FOLDER, name),
+        args=args,
         train_dataset=dataset(rows + documents),
         eval_dataset=dataset(held_out) if held_out else None,
         processing_class=tokenizer,
@@ -148,7 +154,7 @@ def trained_on(row: dict[str, list[int]], completion_only: bool) -> list[int]:
     return [0, *(row["completion_mask"][1:] if completion_only else [1] * (len(row["input_ids"]) - 1))]
 
 
-class FastSFTTrainer(SFTTrainer):
+class FastSFTTrainer(ShardedTrainer, SFTTrainer):
     """TRL's SFTTrainer with rows of similar length in a batch and, on a CPU, a faster way to the same loss.
 
     TRL computes the unembedding in chunks over all tokens, prompts included, and again in the backward pass, to save
@@ -190,7 +196,7 @@ class FastSFTTrainer(SFTTrainer):
         inner = network(self.model)
 
         def predict() -> tuple[Tensor, Tensor]:
-            hidden, targets = labelled(inner, inputs, self.max_tokens)
+            hidden, targets = labelled(inner, inputs, math.inf if is_sharded(self.model) else self.max_tokens)
             return inner.get_output_embeddings()(hidden).float().log_softmax(-1), targets  # [tokens, vocabulary]
 
         logprobs, targets = as_forward(model, self.model, predict)
@@ -220,7 +226,7 @@ def unlabelled(row: dict) -> dict:
     return row | {"labels": [-100] * len(row["input_ids"])}
 
 
-def labelled(model: PreTrainedModel, inputs: dict[str, Tensor], max_tokens: int) -> tuple[Tensor, Tensor]:
+def labelled(model: PreTrainedModel, inputs: dict[str, Tensor], max_tokens: float) -> tuple[Tensor, Tensor]:
     """The trunk's output before each token that counts, and those tokens. Rows of like length are read together.
 
     inputs: input_ids, attention_mask, labels, each [rows, length], padded on the right; a label of -100 does not count.

@@ -36,8 +36,10 @@ class Snapshots(TrainerCallback):
 
     def on_step_end(self, args, state, control, **_):
         iteration, rest = divmod(state.global_step, self.every)
-        if rest == 0 and iteration in self.iterations and state.is_world_process_zero:
-            write_weights(network(self.policy), self.folder / f"{iteration:06d}", merged_weights(self.policy))
+        if rest == 0 and iteration in self.iterations:
+            weights = merged_weights(self.policy)  # all processes have parts of what is sharded
+            if state.is_world_process_zero:
+                write_weights(network(self.policy), self.folder / f"{iteration:06d}", weights)
 
 
 def spread(count: int, total: int) -> list[int]:

@@ -4,14 +4,14 @@ import copy
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from instructrl.trainers import rollout
 from instructrl.trainers.packing import Pack
+from instructrl.trainers.sharding import as_forward, is_sharded, load, unsharded_class
 
 
 class ActorCritic(nn.Module):
@@ -26,8 +26,12 @@ class ActorCritic(nn.Module):
         """The policy's log-probabilities of the tokens that follow the wanted ones, or the critic's values before
         them -> [M]. One network a call: two together would keep both networks' activations for one backward pass."""
         if role == "policy":
-            return rollout.response_logprobs(network(self.policy), pack, temperature)
-        return rollout.token_scores(network(self.critic), pack)
+            policy = network(self.policy)
+            return as_forward(self.policy, self.policy, lambda: rollout.response_logprobs(policy, pack, temperature))
+        critic = network(self.critic)
+        return as_forward(
+            self.critic, self.critic, lambda: rollout.token_scores(critic, pack).clone()
+        )  # FSDP warns of views
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         network(self.policy).activation_checkpointing_enable(**options)
@@ -44,10 +48,17 @@ def load_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
     if isinstance(model, PeftModel):
         name = model.active_adapter
         folder = folder if name == "default" else folder / name  # where PEFT saves it
-        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"), adapter_name=name)
+        saved = load_file(folder / "adapter_model.safetensors")
+        if is_sharded(model):
+            load(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False), saved)
+        else:
+            set_peft_model_state_dict(model, saved, adapter_name=name)
         return
-    saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
-    model.load_state_dict(saved.state_dict())
+    saved = unsharded_class(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True).state_dict()
+    if is_sharded(model):
+        load(model.state_dict(), saved)
+    else:
+        model.load_state_dict(saved)
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -63,6 +74,6 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def freeze(model: PreTrainedModel | PeftModel, device: torch.device) -> None:
+def freeze(model: PreTrainedModel | PeftModel) -> None:
     """For a model that is only read: reference or reward model."""
-    model.eval().requires_grad_(False).to(device)
+    model.eval().requires_grad_(False)

@@ -7,7 +7,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
+
+from instructrl.trainers.sharding import gathered, local, part_of
 
 FILE = "ema.safetensors"
 
@@ -19,14 +22,14 @@ class EMA(TrainerCallback):
     no bias correction: the average starts at the initial weights, so after n updates (1 - decay^n) of it is new.
 
     Only weights that train are averaged (of a LoRA policy, its adapter), in float32 at least: in bfloat16 a step of
-    1 - decay = 0.008 would be rounded away.
+    1 - decay = 0.008 would be rounded away. Of sharded weights each process averages its part.
     """
 
     def __init__(self, model: nn.Module, decay: float, every: int) -> None:
         self.decay, self.every = decay, every
         self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.averages = {
-            name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
+            name: local(p).to(torch.promote_types(p.dtype, torch.float32), copy=True)
             for name, p in self.weights.items()
         }
 
@@ -38,7 +41,7 @@ class EMA(TrainerCallback):
     def update(self) -> None:
         """One step of the average towards the weights as they are now."""
         averages = list(self.averages.values())
-        weights = [p.to(average.dtype) for p, average in zip(self.weights.values(), averages, strict=True)]
+        weights = [local(p).to(average.dtype) for p, average in zip(self.weights.values(), averages, strict=True)]
         torch._foreach_lerp_(averages, weights, 1 - self.decay)
 
     @contextmanager
@@ -46,16 +49,40 @@ class EMA(TrainerCallback):
         """The model with the averages as its weights; afterwards with its own again."""
         own: dict[str, Tensor] = {}
         for name, p in self.weights.items():
-            own[name], p.data = p.data, self.averages[name].to(p.device, p.dtype)
+            own[name] = put(p, self.averages[name].to(p.device, p.dtype))
         try:
             yield
         finally:
             for name, p in self.weights.items():
-                p.data = own[name]
+                put(p, own[name])
 
     def save(self, folder: Path) -> None:
-        save_file({name: average.contiguous() for name, average in self.averages.items()}, folder / FILE)
+        """Rank 0 writes. Collective if the weights are sharded."""
+        averages = {name: like(average, self.weights[name]) for name, average in self.averages.items()}
+        if any(isinstance(average, DTensor) for average in averages.values()):
+            averages = gathered(averages)
+        if averages:
+            save_file({name: average.contiguous() for name, average in averages.items()}, folder / FILE)
 
     def load(self, folder: Path) -> None:
         for name, saved in load_file(folder / FILE).items():
-            self.averages[name].copy_(saved)
+            self.averages[name].copy_(local(part_of(saved, self.weights[name])))
+
+
+@torch.no_grad()
+def put(parameter: Tensor, values: Tensor) -> Tensor:
+    """Give a parameter other values, this process's part of them, and return those that it had."""
+    if not isinstance(parameter, DTensor):
+        before, parameter.data = parameter.data, values
+        return before
+    before = local(parameter).clone()
+    local(parameter).copy_(values)  # FSDP keeps the memory, not the tensor
+    return before
+
+
+def like(part: Tensor, parameter: Tensor) -> Tensor:
+    """This process's part of a tensor that is sharded as the parameter is, as that tensor."""
+    if not isinstance(parameter, DTensor):
+        return part
+    shape, stride = parameter.shape, parameter.stride()
+    return DTensor.from_local(part, parameter.device_mesh, parameter.placements, shape=shape, stride=stride)

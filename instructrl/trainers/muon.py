@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from instructrl.trainers.sharding import part_of, whole
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # https://kellerjordan.github.io/posts/muon/
 NEWTON_SCHULZ_STEPS = 5
 
@@ -60,7 +62,8 @@ class MuonAdamW(Optimizer):
             state["momentum_buffer"] = torch.zeros_like(param)
         momentum = state["momentum_buffer"]
         momentum.lerp_(param.grad, 1 - group["momentum"])
-        update = orthogonalise(param.grad.lerp(momentum, group["momentum"]))
+        update = param.grad.lerp(momentum, group["momentum"])
+        update = part_of(orthogonalise(whole(update)), like=update)  # of a sharded matrix every process does all of it
         rows, columns = param.shape
         param.mul_(1 - group["lr"] * group["weight_decay"])
         param.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)

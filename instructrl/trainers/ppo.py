@@ -43,6 +43,8 @@ from instructrl.trainers.ppo_stats import (
 )
 from instructrl.trainers.prompts import Prompts, document_ids, fetch
 from instructrl.trainers.rewards import RewardFunction, Rewards
+from instructrl.trainers.sharded_trainer import ShardedTrainer
+from instructrl.trainers.sharding import local, shard, unsharded, whole, whole_weights
 
 __all__ = ["PPOConfig", "PPOTrainer"]
 
@@ -67,7 +69,7 @@ class RolloutBoundary(TrainerCallback):
         return control
 
 
-class PPOTrainer(Trainer):
+class PPOTrainer(ShardedTrainer, Trainer):
     """Clipped PPO with a per-token KL penalty (`ptx_coef == 0`), and PPO-ptx, which adds the pretraining loss.
 
     Args:
@@ -134,7 +136,7 @@ class PPOTrainer(Trainer):
         if ref_model is None and not isinstance(model, PeftModel):
             ref_model = copy.deepcopy(model)
         for frozen in filter(None, (ref_model, reward_model)):
-            freeze(frozen, args.device)
+            freeze(frozen)
         for each in filter(None, (model, value_model, ref_model, reward_model)):
             disable_dropout(each)
             fuse_gelu(each)
@@ -147,6 +149,11 @@ class PPOTrainer(Trainer):
         self.prompts = self.read_prompts(train_dataset, processing_class, args)
         self.eval_prompts = self.read_prompts(eval_dataset, processing_class, args) if eval_dataset else None
         check_logits(network(model), self.prompts.ids[0])
+        for each in filter(None, (model, value_model, ref_model, reward_model)):
+            if args.sharding == "fsdp" and args.world_size > 1:
+                shard(each, args.device)
+            elif each in (ref_model, reward_model):  # Trainer moves what is trained
+                each.to(args.device)
         self.prompt_order = Passes(len(self.prompts), args.seed, "prompts")
         self.ptx_dataset = ptx_dataset if args.ptx_coef else None
         self.ptx_order = Passes(len(ptx_dataset), args.seed, "ptx") if self.ptx_dataset else None
@@ -249,7 +256,8 @@ class PPOTrainer(Trainer):
             if self.engine:
                 answers = self.engine.answers(prompts, most, *stream)
             else:
-                answers = self.answers(policy, prompts, uniforms)
+                with unsharded(actor_critic.policy):
+                    answers = self.answers(policy, prompts, uniforms)
         responses = [answer.ids for answer in answers]
         ended = [response[-1] == self.eos_id for response in responses]
         sequences = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
@@ -258,11 +266,14 @@ class PPOTrainer(Trainer):
             old = [answer.logprobs for answer in answers]
             # There the sampler's differ from the update's, by up to 0.14 in bfloat16.
             if self.engine or args.bf16 or policy.dtype != torch.float32:
-                old = rollout.score_logprobs(policy, sequences, starts, temperature=args.temperature, **batching)
+                with unsharded(actor_critic.policy):
+                    old = rollout.score_logprobs(policy, sequences, starts, temperature=args.temperature, **batching)
             with self.reference() as reference:
                 ref = rollout.score_logprobs(reference, sequences, starts, temperature=args.temperature, **batching)
-            values = rollout.score_values(critic, sequences, starts, **batching)
-            scores = self.rewards(source.rows(numbers), prompts, responses, ended)
+            with unsharded(actor_critic.critic):
+                values = rollout.score_values(critic, sequences, starts, **batching)
+            with unsharded(self.reward_model) if self.reward_model is not None else nullcontext():
+                scores = self.rewards(source.rows(numbers), prompts, responses, ended)
         own = {
             "sequences": sequences,
             "prompt_lengths": starts,
@@ -300,10 +311,11 @@ class PPOTrainer(Trainer):
     def reference(self):
         """The reference model: a model of its own, or the policy with its adapter switched off."""
         if self.ref_model is not None:
-            yield network(self.ref_model)
+            with unsharded(self.ref_model):
+                yield network(self.ref_model)
             return
         policy = self.accelerator.unwrap_model(self.model).policy
-        with policy.disable_adapter():
+        with unsharded(policy), policy.disable_adapter():
             yield network(policy)
 
     def estimate_advantages(self, episodes: Episodes) -> None:
@@ -359,15 +371,34 @@ class PPOTrainer(Trainer):
         if self.ptx_dataset:
             with self.clock("ptx"):
                 self.pretraining_gradients(model)
-                pretraining = [p.grad.clone() for p in self.model.policy.parameters() if p.grad is not None]
+                pretraining = [part.clone() for part in self.policy_gradients()]
         with self.clock("update"):
             loss = self.ppo_gradients(model, inputs["episodes"], inputs["rows"])
         if self.ptx_dataset:
-            if self.args.world_size > 1:
+            if self.args.world_size > 1 and not self.sharded:
                 pretraining = [self.accelerator.reduce(part, "mean") for part in pretraining]
-            total = [p.grad for p in self.model.policy.parameters() if p.grad is not None]
-            self.record(gradient_stats(pretraining, total))
+            over_processes = self.accelerator.reduce if self.sharded else None
+            self.record(gradient_stats(pretraining, self.policy_gradients(), over_processes))
         return loss
+
+    def policy_gradients(self) -> list[Tensor]:
+        """As they are now; of sharded weights this process's part."""
+        return [local(p.grad) for p in self.model.policy.parameters() if p.grad is not None]
+
+    def batches(self, lengths: Sequence[int], most: int | None = None) -> list[list[int]]:
+        """This process's share of rows of those lengths in micro-batches, numbered within the share.
+
+        Where weights are sharded, all make as many forward passes as the one that has most: empty ones are added.
+        """
+        args, processes = self.args, self.args.world_size
+
+        def of(process: int) -> list[list[int]]:
+            return rollout.length_batches(lengths[process::processes], args.max_tokens, most)
+
+        own = of(args.process_index)
+        if not self.sharded:
+            return own
+        return own + [[]] * (max(len(of(process)) for process in range(processes)) - len(own))
 
     def ppo_gradients(self, model: nn.Module, episodes: Episodes, rows: list[int]) -> Tensor:
         """Back-propagate the clipped losses of a minibatch (this process's share) in micro-batches of like length.
@@ -377,9 +408,8 @@ class PPOTrainer(Trainer):
         args = self.args
         num_tokens = int(episodes.mask[rows].sum())  # of the minibatch over all processes
         own = rows[args.process_index :: args.world_size]
-        lengths, most = [len(episodes.sequences[row]) for row in own], math.ceil(len(own) / args.micro_batches)
-        batches = rollout.length_batches(lengths, args.max_tokens, most)
-        micros = [self.micro_batch(episodes, [own[index] for index in batch]) for batch in batches]
+        batches = self.batches([len(episodes.sequences[row]) for row in rows], math.ceil(len(own) / args.micro_batches))
+        micros = [self.micro_batch(episodes, [own[index] for index in batch or (0,)]) for batch in batches]
         total, stats = torch.zeros((), device=args.device), torch.zeros(len(UPDATE_STATS), device=args.device)
 
         def policy_losses(micro: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -393,12 +423,14 @@ class PPOTrainer(Trainer):
             return args.vf_coef * clipped, value_stats(values, micro.returns, clipped)
 
         for token_losses in (policy_losses, value_losses):
-            for number, micro in enumerate(micros):
+            for number, (micro, batch) in enumerate(zip(micros, batches, strict=True)):
                 # Gradients are averaged over processes, once, on the last backward pass; hence the factor.
                 with self.accelerator.no_sync(model) if number < len(micros) - 1 else nullcontext():
                     with self.compute_loss_context_manager():
                         of_tokens, of_stats = token_losses(micro)
                         loss = of_tokens.sum() / num_tokens * args.world_size
+                        if not batch:  # a pass that others need
+                            loss, of_stats = loss * 0, of_stats * 0
                     self.accelerator.backward(loss)
                 total += loss.detach()
                 stats += of_stats
@@ -423,12 +455,13 @@ class PPOTrainer(Trainer):
         num_tokens = sum(len(example) - 1 for example in examples)
         denominator = max(num_tokens, 1) if args.ptx_normalization == "token_mean" else count
         own, total = examples[args.process_index :: args.world_size], torch.zeros((), device=args.device)
-        with self.accelerator.no_sync(model):  # the PPO gradients' last backward pass averages these with its own
-            for batch in rollout.length_batches([len(example) for example in own], args.max_tokens):
-                pack = self.pack([own[index] for index in batch], [1] * len(batch))
+        # The PPO gradients' last backward pass averages these with its own; where weights are sharded, each pass does.
+        with self.accelerator.no_sync(model):
+            for batch in self.batches([len(example) for example in examples]):
+                pack = self.pack([own[index] for index in batch or (0,)], [1] * max(len(batch), 1))
                 with self.compute_loss_context_manager():
                     logprobs = model("policy", pack)
-                    loss = losses.ptx_loss(logprobs, denominator) * args.world_size
+                    loss = losses.ptx_loss(logprobs, denominator) * args.world_size * bool(batch)
                 self.accelerator.backward(args.ptx_coef * loss)
                 total += loss.detach()
         self.record({"loss/ptx": total})
@@ -450,8 +483,8 @@ class PPOTrainer(Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip policy and critic each by itself: a surprised critic must not shorten the policy's step."""
-        policy = clip_grad_norm_(self.model.policy.parameters(), self.args.max_grad_norm)
-        critic = clip_grad_norm_(self.model.critic.parameters(), self.args.max_grad_norm)
+        policy = whole(clip_grad_norm_(self.model.policy.parameters(), self.args.max_grad_norm))
+        critic = whole(clip_grad_norm_(self.model.critic.parameters(), self.args.max_grad_norm))
         self.record({"grad_norm": policy, "critic/grad_norm": critic})
         return torch.maximum(policy, critic)  # not finite if one of them is not
 
@@ -516,15 +549,18 @@ class PPOTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The policy (or its adapter) in `output_dir`, where AutoModelForCausalLM finds it; the critic in `critic/`;
         the moving average's weights and beta beside them."""
-        if not self.args.should_save:
-            return
         folder, actor_critic = Path(output_dir or self.args.output_dir), self.accelerator.unwrap_model(self.model)
-        actor_critic.policy.save_pretrained(folder)
-        actor_critic.critic.save_pretrained(folder / "critic")
-        self.processing_class.save_pretrained(folder)
-        (folder / STATE).write_text(json.dumps({"kl_coef": self.kl.coef}))
+        if not self.args.should_save and not self.sharded:
+            return
+        for model, where in ((actor_critic.policy, folder), (actor_critic.critic, folder / "critic")):
+            gathered = whole_weights(model)
+            if self.args.should_save:
+                model.save_pretrained(where, state_dict=gathered)
         if self.ema:
             self.ema.save(folder)
+        if self.args.should_save:
+            self.processing_class.save_pretrained(folder)
+            (folder / STATE).write_text(json.dumps({"kl_coef": self.kl.coef}))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 CHOICES = {
     "kl_estimator": ("k1", "k3"),
     "ema_every": ("iteration", "step"),
+    "sharding": ("none", "fsdp"),
     "ptx_normalization": ("token_mean", "sequence_sum"),
     "vllm_mode": ("colocate", "server"),
 }
@@ -120,6 +121,8 @@ class PPOConfig(TrainingArguments):
     """Rows of such a table."""
     completions_dir: str | None = None
     """Where the tables go, one JSON Lines file each; None: `completions` in `output_dir`."""
+    sharding: str = "none"
+    """`fsdp`: the processes share the weights of all models, gradients and optimizer state; see `sharding.py`."""
     max_grad_norm: float = 1.0
     """For the policy and for the critic, each."""
     adam_beta2: float = 0.95

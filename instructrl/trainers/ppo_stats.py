@@ -1,5 +1,7 @@
 """The numbers that `PPOTrainer` logs: tensors in, names and tensors out. Names are TRL 1.12's where it has them."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -79,14 +81,21 @@ def value_stats(values: Tensor, returns: Tensor, clipped_losses: Tensor) -> Tens
     return F.pad(torch.stack([clipped_losses.sum(), clipped.sum()]), (len(POLICY_STATS), 0))
 
 
-def gradient_stats(pretraining: list[Tensor], total: list[Tensor]) -> dict[str, Tensor]:
+def gradient_stats(
+    pretraining: list[Tensor], total: list[Tensor], over_processes: Callable[[Tensor], Tensor] | None = None
+) -> dict[str, Tensor]:
     """Norms of the policy's two gradients before clipping, the pretraining one scaled by `ptx_coef`.
 
     Their ratio, not that of the losses, tells what `ptx_coef` does: the policy loss is about 0 whatever its gradient.
+
+    over_processes: a sum, for gradients of which each process has a part.
     """
     ppo = torch._foreach_sub(total, pretraining)
     ptx_norm, ppo_norm = (torch.stack(torch._foreach_norm(part)).norm() for part in (pretraining, ppo))
     dot = torch.stack([(a * b).sum() for a, b in zip(pretraining, ppo, strict=True)]).sum()
+    if over_processes:
+        squares = over_processes(torch.stack([ptx_norm.square(), ppo_norm.square(), dot]))
+        (ptx_norm, ppo_norm), dot = squares[:2].sqrt(), squares[2]
     return {
         "ppo/grad_norm": ppo_norm,
         "ptx/grad_norm": ptx_norm,

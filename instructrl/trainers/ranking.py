@@ -15,7 +15,9 @@ from trl import RewardConfig, RewardTrainer
 from instructrl.trainers.losses import kwise_loss
 from instructrl.trainers.rollout import length_batches, score_rewards
 from instructrl.trainers.sampler import LengthBuckets
-from instructrl.trainers.shares import as_forward, batch_size, train_dataloader
+from instructrl.trainers.sharded_trainer import ShardedTrainer
+from instructrl.trainers.sharding import as_forward, is_sharded
+from instructrl.trainers.shares import batch_size, train_dataloader
 
 
 @dataclass
@@ -42,7 +44,7 @@ class RankingCollator:
         }
 
 
-class KWiseRewardTrainer(RewardTrainer):
+class KWiseRewardTrainer(ShardedTrainer, RewardTrainer):
     """TRL's RewardTrainer on rankings: one forward pass a completion, all pairs of a prompt one batch element.
 
     Expanding a ranking into pairs would cost K (K - 1) passes instead of K, and shuffling the pairs makes the model
@@ -114,7 +116,8 @@ class KWiseRewardTrainer(RewardTrainer):
         backward pass follows all the same: loss and gradient do not change.
         """
         lengths = attention_mask.sum(1).tolist()
-        whole = input_ids.device.type != "cpu"  # a GPU is faster with one large pass than with several small ones
+        # One large pass is faster on a GPU, and all processes must make as many if they share the weights.
+        whole = input_ids.device.type != "cpu" or is_sharded(self.model)
         batches = [list(range(len(lengths)))] if whole else length_batches(lengths, self.max_tokens)
 
         def read() -> Tensor:

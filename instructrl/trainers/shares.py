@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from accelerate.data_loader import prepare_data_loader
-from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer
 
@@ -103,30 +102,3 @@ def batch_size(trainer: Trainer) -> int:
     """Rows an optimizer step, over all processes."""
     args = trainer.args
     return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-
-
-def as_forward(wrapped: nn.Module, inner: nn.Module, work: Callable[..., Any], *args: Any) -> Any:
-    """`work(*args)` as the one forward pass of a model, called through what wraps it.
-
-    DDP makes ready for the backward pass in the wrapper's forward pass, and needs one for each. `work` may call the
-    model's parts as often as it likes.
-    """
-    if wrapped is inner:
-        return work(*args)
-    before = vars(inner).get("forward")
-
-    def forward(*given: Any) -> Any:
-        restore()
-        return work(*given)
-
-    def restore() -> None:
-        if before is None:
-            vars(inner).pop("forward", None)
-        else:
-            inner.forward = before
-
-    inner.forward = forward
-    try:
-        return wrapped(*args)
-    finally:
-        restore()
