@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import test_ranks
 import torch
 from chat_server import serving
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
@@ -416,6 +417,26 @@ def test_an_interrupted_evaluation_does_not_ask_again(world_run, tmp_path, monke
     assert asked == ["ppo", "ppo_ptx", "000250"]
     again = json.loads((tmp_path / "metrics.json").read_text())
     assert again == metrics
+
+
+def evaluate(rank, port, threads, recipe, inputs, folder):
+    test_ranks.be_a_rank(rank, port)
+    torch.set_num_threads(threads)
+    found = stage.run("eval", recipe, inputs, folder)
+    (folder / f"found-{rank}.json").write_text(json.dumps(found))
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does(world_run, tmp_path):
+    """Each asks some of the models; the answers, and so all numbers, are the same to the bit."""
+    recipe, inputs, folder, found, metrics, _ = world_run
+    arguments = (test_ranks.free_port(), torch.get_num_threads(), recipe, inputs, tmp_path)
+    torch.multiprocessing.spawn(evaluate, arguments, nprocs=2)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+    assert (tmp_path / "samples.parquet").read_bytes() == (folder / "samples.parquet").read_bytes()
+    assert [json.loads((tmp_path / f"found-{rank}.json").read_text()) for rank in (0, 1)] == [found, {}]
+    asked = sorted(path.name for path in (folder / "checkpoints").glob("*.json"))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("*.json")) == asked
 
 
 def test_the_table_is_for_the_terminal(world_run):

@@ -109,8 +109,13 @@ def log(folder):
 
 def difference(one, other):
     """The largest between two folders' weights, and the files that both have."""
-    files = sorted(path.relative_to(one) for path in one.glob("*/*.safetensors"))
-    assert files == sorted(path.relative_to(other) for path in other.glob("*/*.safetensors"))
+
+    def saved(folder):
+        found = [*folder.glob("*/*.safetensors"), *folder.glob("*/adapter/*.safetensors")]
+        return sorted(path.relative_to(folder) for path in found)
+
+    files = saved(one)
+    assert files == saved(other)
     largest = 0.0
     for file in files:
         first, second = load_file(one / file), load_file(other / file)

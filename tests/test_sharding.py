@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the processes that are started below
 
+import adapted_models
+import test_lora
 import test_ranks
 import tiny_models as tiny
 from test_ppo_stage import inputs as ppo_inputs  # noqa: F401 (a fixture, as the next three)
@@ -23,7 +25,7 @@ from test_ranks import orders as made_orders  # noqa: F401
 from test_reward_model import sft as rated_policy  # noqa: F401
 from test_sft import inputs as sft_inputs  # noqa: F401
 
-from instructrl.config import LoRA
+from instructrl.stages.contract import Contract
 from instructrl.stages.sft import FastSFTTrainer
 from instructrl.trainers import rollout
 from instructrl.trainers.ema import EMA
@@ -166,12 +168,22 @@ def test_a_sharded_model_is_the_model(architecture, tmp_path):
 # ---- the stages, with other settings
 
 VARIANTS = {
-    "lora": {"model": {"lora": LoRA(r=4)}},
     "checkpointing": {"runtime": {"gradient_checkpointing": True}},
     "uneven": {"runtime": {"max_tokens": 30, "micro_batch_size": 1}},
     "muon": {"sft": {"muon_learning_rate": 0.01}, "reward_model": {"muon_learning_rate": 0.01}},
     "bf16": {"runtime": {"bf16": True}},  # on a CPU it is TRL's own loss, as on a GPU
 }
+
+
+@pytest.fixture
+def adapters(tmp_path):
+    """The three stages on a GPT-2 with adapters."""
+    contract, folder = Contract(tiny.tokenizer(), test_lora.TEMPLATE), tmp_path / "artifacts"
+    recipe = test_lora.recipe(lora={"dropout": 0.0}, sft={"residual_dropout": 0.0}, runtime={"threads": 1})
+    adapted_models.write(tiny.policy("gpt2", attn_pdrop=0, embd_pdrop=0), contract, recipe, folder)
+    test_lora.write_tables(folder / "data")
+    made = {name: folder / name for name in ("data", "pretrain", "sft", "reward_model")}
+    return dict.fromkeys(test_ranks.RUNS, (recipe, made))
 
 
 def train_variants(rank, port, every, folder):
@@ -193,8 +205,8 @@ def train_variants(rank, port, every, folder):
     test_ranks.run_all(every["bf16"], folder / "bf16-ddp")
 
 
-def test_other_settings_end_where_one_process_does(made_orders, tmp_path):  # noqa: F811
-    every = {name: changed(made_orders, **settings) for name, settings in VARIANTS.items()}
+def test_other_settings_end_where_one_process_does(made_orders, adapters, tmp_path):  # noqa: F811
+    every = {name: changed(made_orders, **settings) for name, settings in VARIANTS.items()} | {"lora": adapters}
     torch.multiprocessing.spawn(train_variants, (test_ranks.free_port(), every, tmp_path), nprocs=2)
     alone = tmp_path / "alone"
     for name, of_one in every.items():
@@ -238,9 +250,14 @@ def told_to_stop(step, rank):
     return training_step
 
 
-@pytest.mark.parametrize("settings", [{}, VARIANTS["lora"], VARIANTS["muon"]], ids=["plain", "lora", "muon"])
-def test_what_was_interrupted_ends_to_the_bit_and_with_other_processes_to_rounding(made_orders, tmp_path, settings):  # noqa: F811
-    orders = changed(made_orders, **settings)
+@pytest.mark.parametrize("how", ["plain", "muon", "lora"])
+def test_what_was_interrupted_ends_to_the_bit_and_with_other_processes_to_rounding(
+    made_orders,  # noqa: F811
+    adapters,
+    tmp_path,
+    how,
+):
+    orders = adapters if how == "lora" else changed(made_orders, **VARIANTS.get(how, {}))
     torch.multiprocessing.spawn(interrupt_and_go_on, (test_ranks.free_port(), orders, tmp_path), nprocs=2)
     test_ranks.run_all(orders, tmp_path / "fsdp-alone")
     for stage in orders:
