@@ -154,6 +154,8 @@ def remedies(recipe: Recipe) -> Iterator[dict[str, dict[str, object]]]:
             yield {"runtime": {key: value}}
     if checkpointing:
         yield {"runtime": checkpointing}
+    if runtime.ranks > 1 and runtime.sharding == "none":
+        yield {"runtime": {"sharding": "fsdp"}}
     together: dict[str, object] = dict(checkpointing)
     for step in range(max(map(len, smaller.values()))):
         together |= {key: values[step] for key, values in smaller.items() if step < len(values)}

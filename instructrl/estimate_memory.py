@@ -26,6 +26,9 @@ follow. Measured. A GPU's allocator is given `estimate.ROOM`."""
 FREED = ("activations", "gradients")
 CAST = "weights in bfloat16"
 BUCKETS = "gradients in DDP's buckets"
+GATHERED = "gathered weights"
+SHARDED = ("weights", "policy", "critic", "reward model", "reference", "moving average", "Adam's moments", "gradients")
+"""Of these each process holds a part with `runtime.sharding=fsdp`."""
 CHUNK = 1024
 """Padded tokens of a forward pass on a CPU, in sft and reward_model: `FastSFTTrainer.max_tokens`."""
 FLOAT = 4
@@ -104,7 +107,15 @@ class Network:
     @property
     def buckets(self) -> int:
         """Bytes in which DDP sums the gradients of several processes."""
-        return self.gradient if self.recipe.runtime.ranks > 1 else 0
+        return self.gradient if self.recipe.runtime.ranks > 1 and not is_sharded(self.recipe) else 0
+
+    @property
+    def gathered(self) -> int:
+        """Bytes that FSDP gathers in a forward and a backward pass: all but the blocks, this block and the next; and
+        their gradients before those are shared out."""
+        block = self.shape.matrix_weights // self.shape.layers
+        weights = (self.weights - self.shape.matrix_weights + 2 * block) * self.precision
+        return weights * (1 if self.recipe.model.lora else 2) if is_sharded(self.recipe) else 0
 
     @property
     def tied_gradient(self) -> int:
@@ -196,6 +207,11 @@ class Passes:
         return tokens * (2 * shape.width * self.residual + widest * self.compute)
 
 
+def is_sharded(recipe: Recipe) -> bool:
+    """Whether processes share weights, and not only batches."""
+    return recipe.runtime.sharding == "fsdp" and recipe.runtime.ranks > 1
+
+
 def phases(stage: str, recipe: Recipe, shape: Shape, device: Device) -> list[Phase]:
     """What a stage holds in each of its phases; `data` has no model, and none.
 
@@ -215,8 +231,14 @@ def phases(stage: str, recipe: Recipe, shape: Shape, device: Device) -> list[Pha
     distributed = stages(recipe)[stage].distributed
     own = own_share(stage, recipe) if distributed else recipe.model_copy(update={"runtime": alone(recipe.runtime)})
     beside = recipe.runtime.num_processes if distributed and device == "cpu" else 1
+    parts = own.runtime.ranks if is_sharded(own) and stage != "eval" else 1  # which reads one whole model at a time
     found = of[stage](stage, own, shape, device) if stage in of else ()
-    return [Phase(phase.stage, phase.name, whole(phase.parts, device, beside)) for phase in found]
+    return [Phase(phase.stage, phase.name, whole(shared(phase.parts, parts), device, beside)) for phase in found]
+
+
+def shared(parts: dict[str, int], processes: int) -> dict[str, int]:
+    """What one of the processes holds that share weights, and all that is as large."""
+    return {part: size // processes if part in SHARDED else size for part, size in parts.items()}
 
 
 def own_share(stage: str, recipe: Recipe) -> Recipe:
@@ -255,6 +277,7 @@ def _trained(
     earlier = network.gradient if accumulates else 0
     earlier += network.tied_gradient if network.head == "words" else 0  # the unembedding's, the first of all
     more = {"gradients": earlier, "activations": activations, "logits": head, CAST: passes.cast(network)}
+    more[GATHERED] = network.gathered
     yield Phase(stage, "forward", held | more)
     yield Phase(stage, "backward", held | {"gradients": network.gradient + network.tied_gradient})
 
@@ -349,12 +372,13 @@ def _saved(stage: str, network: Network) -> Phase:
 def _ppo(stage: str, recipe: Recipe, shape: Shape, device: Device) -> Iterator[Phase]:
     section: PPO = getattr(recipe, stage)
     policy, critic = Network(shape, recipe, "words"), Network(shape, recipe, "scalar")
-    shared = recipe.model.lora is not None  # all four are adapters on the policy's base model
+    # All four are adapters on the policy's base model, unless each is in parts of its own.
+    one_base = recipe.model.lora is not None and not is_sharded(recipe)
     held = {
         "policy": policy.weight_bytes,
-        "critic": critic.adapter_bytes if shared else critic.weight_bytes,
-        "reward model": critic.adapter_bytes if shared else critic.weight_bytes,
-        "reference": policy.adapter_bytes if shared else policy.weight_bytes,
+        "critic": critic.adapter_bytes if one_base else critic.weight_bytes,
+        "reward model": critic.adapter_bytes if one_base else critic.weight_bytes,
+        "reference": policy.adapter_bytes if one_base else policy.weight_bytes,
         "moving average": policy.learnt * FLOAT if section.ema_decay else 0,
         "Adam's moments": policy.moments + critic.moments,
         BUCKETS: policy.buckets + critic.buckets,
@@ -363,10 +387,13 @@ def _ppo(stage: str, recipe: Recipe, shape: Shape, device: Device) -> Iterator[P
     prompt = min(recipe.data.max_prompt_tokens, shape.context - section.response_length)
     length = prompt + section.response_length
     decoded = min(recipe.runtime.generation_batch_size, section.batch_size)
-    yield _decoding(stage, "rollout", held, recipe, shape, device, decoded, section.response_length)
+    gathered = policy.weight_bytes if is_sharded(recipe) else 0  # one model at a time, and whole
+    sampling = held | {GATHERED: gathered}
+    yield _decoding(stage, "rollout", sampling, recipe, shape, device, decoded, section.response_length)
     rows = batch(section.batch_size, length, limit)
     logits = passes.logits(shape, rows * section.response_length, copies=2)
-    yield Phase(stage, "scoring", held | {"logits": logits, "activations": passes.transient(shape, rows * length)})
+    more = {"logits": logits, "activations": passes.transient(shape, rows * length), GATHERED: gathered}
+    yield Phase(stage, "scoring", held | more)
     yield from _updates(stage, held, policy, critic, passes, length)
     if recipe.model.lora and device == "cpu":
         yield Phase(stage, "saving", held | {"merged weights": shape.adapted(recipe.model.lora) * policy.precision})
@@ -389,6 +416,7 @@ def _updates(
             "activations": passes.activations(shape, together * cut, cut),
             "logits": passes.logits(shape, together * (cut - 1)),
             CAST: cast,
+            GATHERED: policy.gathered,
         }
         yield Phase(stage, "ptx", held | more)
     earlier = policy.gradient if copy or rows < episodes else 0
@@ -397,10 +425,12 @@ def _updates(
         "activations": activations,
         "logits": passes.logits(shape, rows * section.response_length),
         CAST: cast,
+        GATHERED: policy.gathered,
     }
     yield Phase(stage, "update of the policy", held | more)
     earlier = critic.gradient if rows < episodes else 0
     more = {"gradients": copy + policy.gradient + earlier, "activations": activations, CAST: passes.cast(critic)}
+    more[GATHERED] = critic.gathered
     yield Phase(stage, "update of the critic", held | more)
     # Of the policy's gradients a third is computed, PPO's own, to log its size beside the pretraining gradient's.
     gradients = policy.gradient + critic.gradient + (2 * copy or critic.tied_gradient)

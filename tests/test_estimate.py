@@ -146,6 +146,22 @@ def test_several_processes_share_operations_and_batches_by_hand():
     assert after["step"]["Adam's moments"] == before["step"]["Adam's moments"]
 
 
+def test_processes_that_share_weights_hold_a_part_of_them():
+    """And gather the policy to sample with it; nobody has buckets then."""
+    runtimes = [{"num_processes": ranks, "sharding": "fsdp"} for ranks in (1, 4)]
+    one, four = (
+        {phase.name: phase.parts for phase in estimate_memory.phases("ppo_ptx", recipe(runtime=runtime), SHAPE, "cuda")}
+        for runtime in runtimes
+    )
+    for part in ("policy", "critic", "reference", "reward model", "moving average", "Adam's moments", "gradients"):
+        assert four["step"][part] == one["step"][part] // 4, part
+    assert "gradients in DDP's buckets" not in four["step"]
+    assert four["rollout"]["gathered weights"] == 4 * SHAPE.policy
+    assert "gathered weights" not in one["rollout"]
+    whole = estimate_memory.phases("eval", recipe(runtime=runtimes[1]), SHAPE, "cuda")[0]
+    assert whole.parts["policy"] == 4 * SHAPE.policy
+
+
 def test_processes_on_a_cpu_are_in_one_memory():
     one, two = (recipe(runtime={"device": "cpu", "num_processes": ranks}) for ranks in (1, 2))
     before, after = (
@@ -206,6 +222,7 @@ def test_it_says_what_a_recipe_takes(instructrl: Instructrl):
         ["recipe=gpt2-small", "--on", "l4"],
         ["recipe=gpt2-small", "runtime.max_tokens=65536", "runtime.micro_batch_size=8", "--on", "l4"],
         ["recipe=gpt2-xl", "--on", "h100"],
+        ["recipe=gpt2-xl", "runtime=eight-gpus", "runtime.sharding=none", "--on", "h100"],
         ["recipe=llama-1b", "--on", "a100-40gb"],
         ["recipe=llama-1b", "--on", "l40s"],
         ["recipe=tldr-pythia-1b", "--on", "a100-40gb"],
