@@ -243,7 +243,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_atomically(path: Path, text: str) -> None:
     """Replace the file's content; a kill at any moment leaves the old or the new."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     sync(temporary)
     temporary.replace(path)
 

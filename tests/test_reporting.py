@@ -174,6 +174,19 @@ def test_rebuilding_leaves_the_artifacts_alone_and_imports_nothing_heavy(whole: 
         assert Artifact.read(part.folder) is not None
 
 
+def test_charts_are_replaced_one_by_one(whole: tuple[list[str], Path]) -> None:
+    """Two that finish together write one report: none takes the folder away from the other."""
+    arguments, path = whole
+    folder = path.parent / "charts"
+    names = {one.name for one in folder.iterdir()}
+    held = os.open(folder, os.O_RDONLY)  # so that no other folder is given its number
+    (folder / "of_an_older_version.svg").write_text("<svg/>")
+    document.write(runs.of_recipe(arguments))
+    assert folder.stat().st_ino == os.fstat(held).st_ino
+    os.close(held)
+    assert {one.name for one in folder.iterdir()} == names
+
+
 def test_a_run_by_its_folder_or_fingerprint_is_the_same(whole: tuple[list[str], Path]) -> None:
     arguments, path = whole
     by_recipe = runs.of_recipe(arguments)

@@ -1,6 +1,5 @@
 """`report.html` and `report.md` of a run, from its artifacts; what is missing is named."""
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,14 +32,20 @@ def write(run: Run, count: int = SHOWN) -> Path:
     found = sections.every(run, metrics, drawn)
     given = samples.read(run.evaluation.folder / SAMPLES, metrics, count) if metrics else []
     folder = run.folder
-    shutil.rmtree(folder / "charts", ignore_errors=True)
-    (folder / "charts").mkdir(parents=True)
-    every = [chart for section in found for chart in section.charts]
-    for chart in every:
-        (folder / "charts" / f"{chart.name}.svg").write_text(chart.file + "\n", encoding="utf-8")
+    write_charts(folder / "charts", {chart.name: chart.file for section in found for chart in section.charts})
     write_atomically(folder / "report.md", markdown.render(run, metrics, found, given))
     write_atomically(folder / "report.html", html(run, metrics, found, given))
     return folder / "report.html"
+
+
+def write_charts(folder: Path, drawn: Mapping[str, str]) -> None:
+    """Each chart's SVG as a file, and no other that was there. Another process may be doing the same."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, svg in drawn.items():
+        write_atomically(folder / f"{name}.svg", svg + "\n")
+    for path in folder.glob("*.svg"):
+        if path.stem not in drawn:
+            path.unlink(missing_ok=True)
 
 
 def html(run: Run, metrics: Mapping[str, Any], found: Sequence[sections.Section], given: list[dict]) -> str:
