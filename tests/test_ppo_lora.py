@@ -7,6 +7,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from test_ppo import Interrupt, distance, log, trained, trainer, weights
 from transformers import AutoModelForCausalLM
 
+from instructrl.stages.base_model import twin
+
 TARGETS = {"gpt2": ["c_attn", "c_fc"], "llama": ["q_proj", "v_proj", "down_proj"]}
 
 
@@ -54,6 +56,24 @@ def test_critic_and_policy_may_both_be_adapters(tmp_path):
     moved = [name for name, p in made.model.critic.named_parameters() if p.requires_grad]
     assert any("score" in name for name in moved)
     assert any("lora" in name for name in moved)
+
+
+def test_a_larger_reward_model_and_an_adapter_on_it_as_critic(tmp_path):
+    """As in the paper, where a reward model of 6B trains policies of all sizes. The critic needs its weights no second
+    time; and whoever trains a weight that another role has is refused."""
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    reward_model = tiny.reward_model("llama", **size).requires_grad_(False)
+    critic = get_peft_model(twin(reward_model), lora("llama", modules_to_save=["score"]))
+    before = weights(reward_model)
+    models = with_adapter("llama") | {"value_model": critic, "reward_model": reward_model}
+    made = trained(tmp_path, models=models, learning_rate=1e-2)
+    assert distance(before, weights(reward_model)) == 0
+    base = {p.data_ptr() for p in reward_model.parameters()}
+    assert sum(p.data_ptr() in base for p in made.model.critic.parameters()) == len(base)
+    assert all(name.startswith("critic.") for name, p in made.model.named_parameters() if p.data_ptr() in base)
+    reward_model.requires_grad_(True)
+    with pytest.raises(ValueError, match="value_model shares its weights with another model"):
+        trainer(tmp_path / "wrong", models=models | {"model": tiny.policy("llama")})
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)

@@ -143,13 +143,13 @@ def sources(tables: Sequence[Rows], rows: Sequence[int]) -> str:
 
 
 def check_finite(model: torch.nn.Module, step: int) -> None:
-    """Never save weights from which nothing can be learnt any more.
+    """Never save weights from which nothing can be learnt any more. (Frozen ones are as they were.)
 
     Raises:
         StageFailed: a weight is nan or infinite.
     """
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(local(parameter)).all():
+        if parameter.requires_grad and not torch.isfinite(local(parameter)).all():
             raise diverged(f"{name} is not finite", step)
 
 

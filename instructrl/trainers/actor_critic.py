@@ -15,7 +15,10 @@ from instructrl.trainers.sharding import as_forward, is_sharded, load, unsharded
 
 
 class ActorCritic(nn.Module):
-    """Policy and critic as one module, for one optimizer and one DDP wrapper. They share no weights (App. C.4)."""
+    """Policy and critic as one module, for one optimizer and one DDP wrapper.
+
+    They share no weight that is trained (App. C.4); their adapters may be on one frozen base.
+    """
 
     def __init__(self, policy: PreTrainedModel | PeftModel, critic: PreTrainedModel | PeftModel):
         super().__init__()

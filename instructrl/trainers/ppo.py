@@ -81,7 +81,7 @@ class PPOTrainer(ShardedTrainer, Trainer):
         reward_model: a sequence-classification model with one label, read at a response's last token.
         reward_processing_class: its tokenizer, if that is another than the policy's.
         ref_model: what KL is measured from; by default a frozen copy of the policy as it is now, and of a policy with
-            an adapter the model without it (merge first what an adapter has already learnt).
+            an adapter the model without it (where the adapter has already learnt, pass it a second time, frozen).
         reward_funcs: functions as in TRL (`rewards.py`). All scores add up.
         ptx_dataset: rows with `input_ids` or `text`, for `ptx_coef > 0`; cut at the model's context.
         eval_dataset: prompts for `evaluate`.

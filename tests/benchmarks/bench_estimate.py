@@ -55,7 +55,7 @@ def recipe_of(workload: dict, folder: Path) -> Recipe:
     short |= {"init": "sft", "ptx_max_length": 96, "warmup_iterations": 0}
     return Recipe.model_validate(
         {
-            "model": {"path": str(folder / "policy" / "model"), "template": "{prompt}", "lora": workload.get("lora")},
+            "model": {"path": str(folder / "base" / "model"), "template": "{prompt}", "lora": workload.get("lora")},
             "data": {"max_prompt_tokens": 64, "max_response_tokens": 32, "text": [{"path": "text.txt"}]},
             "sft": {"batch_size": 4, "epochs": 8 / ROWS},
             "reward_model": {"batch_size": 4, "epochs": 8 / ROWS},

@@ -1,4 +1,5 @@
-"""The artifacts that a stage of `bench_estimate.py` begins from: random models and tables of random words.
+"""The artifacts that a stage of `bench_estimate.py` or `bench_lora.py` begins from: random models, or random adapters
+on one, and tables of random words.
 
 Started by the driver with {folder, recipe, architecture, vocabulary, width, layers}. Every text is as long as the
 recipe lets it be: an estimate is of the longest.
@@ -13,7 +14,7 @@ import models
 import torch
 
 from instructrl.config import Recipe
-from instructrl.stages import tables
+from instructrl.stages import base_model, lora, tables
 from instructrl.stages.contract import Contract
 from instructrl.stages.models import save
 
@@ -27,14 +28,25 @@ def main() -> None:
     size = models.Size(order["width"], order["layers"])
     tokenizer = models.tokenizer(order["vocabulary"])
     contract = Contract.of(tokenizer, recipe)
-    for name, kind in (("policy", "policy"), ("reward_model", "scorer")):
-        torch.manual_seed(0)
-        if kind == "policy":
-            model = models.policy(order["architecture"], order["vocabulary"], 1e-9, size)
-        else:
-            model = models.scorer(order["architecture"], order["vocabulary"], 1, size)
-        save(model, contract, folder / name / "model")
+    base = models.policy(order["architecture"], order["vocabulary"], 1e-9, size)
+    save(base, contract, folder / "base" / "model")
+    if recipe.model.lora:
+        write_adapters(folder, recipe, contract)
+    else:
+        save(base, contract, folder / "policy" / "model")
+        scorer = models.scorer(order["architecture"], order["vocabulary"], 1, size)
+        save(scorer, contract, folder / "reward_model" / "model")
     write_tables(folder / "data", recipe, order["vocabulary"])
+
+
+def write_adapters(folder: Path, recipe: Recipe, contract: Contract) -> None:
+    """A policy and a reward model that are adapters on `folder/base/model`, which the recipe names."""
+    for name in ("policy", "reward_model"):
+        torch.manual_seed(0)
+        model = base_model.load({}, recipe, contract)
+        if name == "reward_model":
+            model = base_model.scorer(model)
+        lora.save(lora.adapted(model, recipe), contract, folder / name / "model", base_model.identity({}, recipe))
 
 
 def write_tables(folder: Path, recipe: Recipe, vocabulary: int) -> None:
