@@ -12,7 +12,7 @@ FAST := not slow and not gpu and not network and not slurm and not vllm
 STAGE_TESTS := $(patsubst %,tests/test_%.py,checkpoints eval label lora models ppo ppo_stage pretrain ranking reward_model sft shared_base trl_ppo vllm)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-gpu test-slow test-slurm test-trl-min test-vllm parity chaos check bench-ppo bench-reward bench-sft bench-data bench-estimate bench-lora scorecard clean
+.PHONY: help run test test-gpu test-slow test-slurm test-trl-min test-vllm parity chaos check bench-ppo bench-reward bench-sft bench-data bench-estimate bench-lora bench-ranks scorecard clean
 
 help: ## Show these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -68,6 +68,9 @@ bench-estimate: $(VENV)/.installed-dev ## Measure stages' memory beside what `in
 
 bench-lora: $(VENV)/.installed-dev ## Measure the memory of adapters on a shared base beside that of all weights
 	PYTHONPATH=. $(VENV)/bin/python tests/benchmarks/bench_lora.py $(ARGS)
+
+bench-ranks: $(VENV)/.installed-dev ## Measure two processes, with all weights each or sharing them, beside one
+	PYTHONPATH=. $(VENV)/bin/python tests/benchmarks/bench_ranks.py $(ARGS)
 
 scorecard: $(VENV)/.installed ## Show the paper's claims beside the tiny world over three seeds; 12 minutes
 	$(VENV)/bin/instructrl run-all --multirun seed=0,1,2 $(ARGS)

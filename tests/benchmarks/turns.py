@@ -40,11 +40,19 @@ class Worker:
 
     def turn(self) -> dict[str, Any]:
         """What the worker says of its next turn."""
+        self.go()
+        return self.said()
+
+    def go(self) -> None:
+        """Give it its turn."""
         try:
             self.process.stdin.write("go\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             pass  # the reason follows
+
+    def said(self) -> dict[str, Any]:
+        """What it says once its turn is over."""
         line = self.process.stdout.readline()
         if not line:
             self.process.wait()
