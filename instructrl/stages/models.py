@@ -97,7 +97,8 @@ def load_base(path: Path | str, recipe: Recipe) -> PreTrainedModel:
 
 
 def mend_for_cpu(model: PreTrainedModel) -> None:
-    """Keep bitsandbytes (0.50) from packing weights anew in eval mode, with constants rounded to bfloat16.
+    """Keep bitsandbytes (0.50) from packing weights anew in eval mode, with constants rounded to bfloat16; and let go of
+    the file, which stays in memory as long as a weight is a view of it.
 
     Raises:
         UserError: it would read a matrix wrongly, as it does where a block of 64 numbers spans two rows.
@@ -111,6 +112,9 @@ def mend_for_cpu(model: PreTrainedModel) -> None:
             )
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
 
 
 def load_reward_model(
