@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
+from pydantic import ValidationError
+
 from instructrl import estimate_memory, workload
 from instructrl.config import LoRA, Recipe
 from instructrl.data_size import Amounts, amounts
@@ -124,6 +126,8 @@ def remedy(found: Estimate) -> str:
                 section: getattr(found.recipe, section).model_copy(update=values) for section, values in changes.items()
             }
         )
+        if not allowed(changed):
+            continue
         with_it = most(changed, found.shape, found.hardware.device)
         if with_it.total <= ROOM * found.hardware.memory:
             keys = " ".join(spelt(section, values) for section, values in changes.items())
@@ -131,6 +135,15 @@ def remedy(found: Estimate) -> str:
     larger = [gpu for gpu in GPUS.values() if found.peak.total <= ROOM * gpu.memory]
     other = f", or a machine like {min(larger, key=lambda gpu: gpu.memory).name}" if larger else ""
     return f"no key of the recipe makes it fit; it needs a smaller model{other}"
+
+
+def allowed(recipe: Recipe) -> bool:
+    """Whether its values go together."""
+    try:
+        Recipe.model_validate(recipe.model_dump())
+    except ValidationError:
+        return False
+    return True
 
 
 def most(recipe: Recipe, shape: Shape, device: Device) -> Phase:
@@ -154,9 +167,10 @@ def remedies(recipe: Recipe) -> Iterator[dict[str, dict[str, object]]]:
             yield {"runtime": {key: value}}
     if checkpointing:
         yield {"runtime": checkpointing}
-    if runtime.ranks > 1 and runtime.sharding == "none":
-        yield {"runtime": {"sharding": "fsdp"}}
-    together: dict[str, object] = dict(checkpointing)
+    sharing: dict[str, object] = {"sharding": "fsdp"} if runtime.ranks > 1 and runtime.sharding == "none" else {}
+    if sharing:
+        yield {"runtime": sharing}
+    together: dict[str, object] = checkpointing | sharing
     for step in range(max(map(len, smaller.values()))):
         together |= {key: values[step] for key, values in smaller.items() if step < len(values)}
         yield {"runtime": dict(together)}

@@ -13,7 +13,7 @@ from instructrl.errors import StageFailed, UserError
 from instructrl.graph import Place, graph, located
 from instructrl.key import sentence
 from instructrl.keys import closest, did_you_mean
-from instructrl.launch import check_processes, check_rollouts, check_tracker, check_trainers
+from instructrl.launch import check_libraries, check_processes, check_rollouts, check_tracker, check_trainers
 from instructrl.pipeline import LAST, NAMES, ordered, stages
 from instructrl.plan import StagePlan, make_plan
 from instructrl.points import compose_points
@@ -144,6 +144,7 @@ def check(planned: Sequence[Job]) -> None:
         if one.runs:
             check_tracker(one.composition.recipe)
         check_processes(one.plan, one.composition.recipe)
+        check_libraries(one.plan, one.composition.recipe)
         check_rollouts(one.plan, one.composition.recipe)
         check_trainers(one.plan, one.composition.recipe)
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from instructrl.plan import StagePlan
 from instructrl.stages import endpoint
 
 PORT = 29400  # torchrun's own
+SHARDING_NEEDS = (2, 13)  # of torch: FSDPModule.reset_iter_state
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "mlflow": ("mlflow", "mlflow-skinny")}
 """`runtime.tracker` -> the packages that will do, if not that of its name."""
 
@@ -121,6 +123,29 @@ def check_tracker(recipe: Recipe) -> None:
         )
 
 
+def check_libraries(plan: Sequence[StagePlan], recipe: Recipe) -> None:
+    """Miss what 4-bit weights and shared ones need before anything trains.
+
+    Raises:
+        UserError: a stage that would run needs it, and it is not there.
+    """
+    if not any(step.runs and step.stage.distributed for step in plan):
+        return
+    lora, runtime = recipe.model.lora, recipe.runtime
+    if lora and lora.quantization and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"model.lora.quantization={lora.quantization} needs bitsandbytes: pip install 'instructrl[qlora]', or set "
+            "it to null."
+        )
+    if runtime.sharding == "fsdp" and runtime.ranks > 1:
+        there = tuple(int(part) for part in re.findall(r"\d+", version("torch"))[:2])
+        if there < SHARDING_NEEDS:
+            raise UserError(
+                f"runtime.sharding=fsdp needs torch {'.'.join(map(str, SHARDING_NEEDS))} or newer, and this is "
+                f"{version('torch')}: upgrade it, or set runtime.sharding=none."
+            )
+
+
 def check_rollouts(plan: Sequence[StagePlan], recipe: Recipe) -> None:
     """Miss vLLM before anything trains.
 
@@ -130,9 +155,8 @@ def check_rollouts(plan: Sequence[StagePlan], recipe: Recipe) -> None:
     modules = {step.stage.module or step.stage.name for step in plan if step.runs}
     if recipe.runtime.rollouts != "vllm" or "ppo" not in modules:
         return
-    found = importlib.util.find_spec(
-        "vllm"
-    )  # whatever its distribution is called: there is one for each kind of device
+    # Whatever its distribution is called: there is one for each kind of device.
+    found = importlib.util.find_spec("vllm")
     if found is None or found.origin is None:
         raise UserError(
             "runtime.rollouts=vllm needs vLLM, which is not installed: pip install 'instructrl[vllm]', or set "

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from graphlib import TopologicalSorter
@@ -20,18 +20,22 @@ from typing import Any
 
 from instructrl import __version__, memory
 from instructrl.artifacts import ERROR, LOG, ORDER, RESULT, Artifact, read_json, write_atomically
+from instructrl.config import Runtime
 from instructrl.display import Display
 from instructrl.errors import StageFailed, UserError
 from instructrl.failure import cause, oom_kills, writing
 from instructrl.graph import Node, Place
 from instructrl.launch import command, environment, tell
 from instructrl.packages import packages
+from instructrl.pipeline import Stage
 from instructrl.plan import checkpoint_steps, continues, origin
 from instructrl.progress import read_progress
 
 SAVED_AND_STOPPED = 75  # sysexits.h EX_TEMPFAIL: the stage was asked to stop, saved a checkpoint and left
 POLL_SECONDS = 0.2
 LOG_LINES = 15  # of a failed stage's log
+WAY = {"processes": 1, "sharding": "none", "rollouts": "transformers"}
+"""How a stage computes, where that decides its last bits: what is otherwise than this stands in the manifest."""
 
 
 class Stopped(UserError):
@@ -201,20 +205,13 @@ class Run:
             if not (partial / RESULT).exists():  # else an orphan finished the work after its runner was killed
                 recipe = node.recipe.model_dump(mode="json")
                 recipe["runtime"]["jobs"] = jobs
-                processes = node.recipe.runtime.ranks if step.stage.distributed else 1
-                sharding = node.recipe.runtime.sharding if processes > 1 else "none"
-                now = counted(processes, sharding)
-                before = counted(begun["processes"], begun.get("sharding", "none")) if "processes" in begun else now
-                if before != now and checkpoint_steps(partial):
-                    self.display.say(
-                        f"{label}: goes on with {now} from a checkpoint of {before}, so that it ends as without the "
-                        "interruption to rounding, not to the bit"
-                    )
-                if node.recipe.runtime.rollouts == "vllm" and name in ("ppo", "ppo_ptx") and checkpoint_steps(partial):
-                    self.display.say(
-                        f"{label}: goes on from a checkpoint; vLLM may sample other responses than without the "
-                        "interruption, so that it does not end with the same bits"
-                    )
+                way = way_of(step.stage, node.recipe.runtime)
+                if begun and checkpoint_steps(partial):
+                    before = WAY | {key: begun[key] for key in WAY if key in begun}
+                    for sentence in inexact(before, way):
+                        self.display.say(f"{label}: {sentence}")
+                    if before["rollouts"] == "vllm":  # then not all of it will have been sampled as now
+                        way["rollouts"] = "vllm"
                 order = {
                     "stage": name,
                     "module": step.stage.module or name,
@@ -222,8 +219,7 @@ class Run:
                     "inputs": {need: str(artifact.path) for need, artifact in inputs.items()},
                     **origin(inputs),
                     "forced": step.forced,
-                    "processes": processes,
-                    "sharding": sharding,
+                    **way,
                     "spent": begun.get("spent", 0.0),  # seconds, by earlier attempts
                     "memory": begun.get("memory", 0),  # bytes, by the hungriest of them
                     "started": time.time(),
@@ -235,7 +231,7 @@ class Run:
             spent = order["spent"] + max(0.0, (partial / RESULT).stat().st_mtime - order["started"])
             metrics = read_json(partial / RESULT)
             how = made(spent, self.command) | ({"memory": order["memory"]} if order.get("memory") else {})
-            how |= {key: order[key] for key in ("processes", "sharding") if order.get(key, 1) not in (1, "none")}
+            how |= {key: order[key] for key, usual in WAY.items() if order.get(key, usual) != usual}
             artifact = store.publish(name, key, digests, how, metrics)
         self.display.end(label, spent, metrics)
         return artifact
@@ -383,6 +379,31 @@ def waited(process: subprocess.Popen[bytes]) -> tuple[int, int]:
         return process.wait(), 0
     process.returncode = os.waitstatus_to_exitcode(status)
     return process.returncode, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def way_of(stage: Stage, runtime: Runtime) -> dict[str, Any]:
+    """How a stage computes, as far as that changes its last bits: see `WAY`."""
+    processes = runtime.ranks if stage.distributed else 1
+    return {
+        "processes": processes,
+        "sharding": runtime.sharding if processes > 1 else "none",
+        "rollouts": runtime.rollouts if (stage.module or stage.name) == "ppo" else "transformers",
+    }
+
+
+def inexact(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Why a stage that goes on from a checkpoint does not end with the bits that it would have had."""
+    one, other = (counted(way["processes"], way["sharding"]) for way in (before, now))
+    if one != other:
+        yield (
+            f"goes on with {other} from a checkpoint of {one}, so that it ends as without the interruption to "
+            "rounding, not to the bit"
+        )
+    if "vllm" in (before["rollouts"], now["rollouts"]):
+        yield (
+            "goes on from a checkpoint; vLLM may sample other responses than without the interruption, so that it does "
+            "not end with the same bits"
+        )
 
 
 def counted(processes: int, sharding: str = "none") -> str:

@@ -224,6 +224,8 @@ def test_it_says_what_a_recipe_takes(instructrl: Instructrl):
         ["recipe=gpt2-xl", "--on", "h100"],
         ["recipe=gpt2-xl", "runtime=eight-gpus", "runtime.sharding=none", "--on", "h100"],
         ["recipe=llama-1b", "--on", "a100-40gb"],
+        ["recipe=llama-1b", "runtime.num_processes=8", "runtime.rollouts=vllm", "--on", "a100-40gb"],
+        ["recipe=gpt2-xl", "runtime.num_processes=8", "--on", "a100-40gb"],
         ["recipe=llama-1b", "--on", "l40s"],
         ["recipe=tldr-pythia-1b", "--on", "a100-40gb"],
     ],

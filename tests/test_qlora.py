@@ -13,7 +13,7 @@ from test_shared_base import NAMES, logits, merged, roles
 from transformers import AutoModelForCausalLM
 
 from instructrl.errors import UserError
-from instructrl.stages import base_model, lora, models, ppo, sft
+from instructrl.stages import base_model, lora, models
 from instructrl.stages.checkpoints import train
 from instructrl.stages.contract import Contract
 from instructrl.trainers.actor_critic import network
@@ -22,12 +22,14 @@ NF4 = {"quantization": "nf4"}
 installed = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 
 
-def test_it_is_refused_without_the_library(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    for module in (sft, ppo, STAGES["reward_model"], STAGES["ppo_init"]):
-        with pytest.raises(UserError, match=r"quantization=nf4 needs bitsandbytes: pip install 'instructrl\[qlora\]'"):
-            module.check(recipe(lora=NF4))
-        module.check(recipe())
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_a_missing_library_is_missed_before_anything_runs(instructrl, here):
+    asked = ["recipe=base.yaml", "model.lora={quantization: nf4}"]
+    done = instructrl("run-all", *asked)
+    assert (done.code, done.out) == (2, "")
+    assert "model.lora.quantization=nf4 needs bitsandbytes: pip install 'instructrl[qlora]'" in done.err
+    assert not (here / "artifacts" / "data").exists()
+    assert instructrl("plan", *asked).code == 0
 
 
 @pytest.fixture(scope="module", params=tiny.ARCHITECTURES)

@@ -231,3 +231,15 @@ def test_a_resumed_stage_says_that_the_bits_may_differ(instructrl, here, fakes):
     done = instructrl(*command)
     assert done.code == 0
     assert "ppo: goes on from a checkpoint; vLLM may sample other responses" in done.out
+
+
+def test_a_stage_that_vllm_began_says_so_wherever_it_ends(instructrl, here, fakes):
+    (here / "script.json").write_text(json.dumps({"ppo": {"steps": 2, "end": "crash"}}))
+    instructrl("ppo", "recipe=base.yaml", "runtime.rollouts=vllm")
+    (here / "script.json").write_text("{}")
+    done = instructrl("ppo", "recipe=base.yaml")
+    assert done.code == 0
+    assert "vLLM may sample other responses" in done.out
+    shown = json.loads(instructrl("show", "ppo", "recipe=base.yaml", "--json").out)
+    assert shown["made"]["rollouts"] == "vllm"
+    assert "rollouts" not in json.loads(instructrl("show", "sft", "recipe=base.yaml", "--json").out)["made"]

@@ -7,7 +7,6 @@ in another's forward pass, nor in the second one of `runtime.gradient_checkpoint
 
 import copy
 import hashlib
-import importlib.util
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
@@ -84,25 +83,15 @@ def scorer(base: PreTrainedModel) -> PreTrainedModel:
 def digest(model: PreTrainedModel) -> str:
     """A hash that differs from another base model's: of the names, shapes and some numbers of the trunk's tensors.
 
-    It is the same with an adapter as without. Of 4-bit weights only the shape counts: another device may round to
-    others. Collective if the model is sharded.
+    It is the same with an adapter as without. Only the shape counts of 4-bit weights, which another device may round to
+    others, and of the embedding, whose new rows (`models.make_room`) it may. Collective if the model is sharded.
     """
-    found = hashlib.sha256()
+    found, embedding = hashlib.sha256(), model.get_input_embeddings().weight
     for name, parameter in model.base_model.named_parameters():
         if ".lora_" in name:
             continue
         found.update(f"{name.replace('.base_layer.', '.')} {tuple(parameter.shape)}".encode())
-        if parameter.is_floating_point():
+        if parameter.is_floating_point() and parameter is not embedding:
             flat = whole(parameter.detach()).flatten()
             found.update(flat[:: max(1, len(flat) // SAMPLED)].float().cpu().numpy().tobytes())
     return found.hexdigest()[:16]
-
-
-def check(recipe: Recipe) -> None:
-    """Refuse 4-bit weights where the library for them is missing, before anything trains."""
-    lora = recipe.model.lora
-    if lora and lora.quantization and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            f"model.lora.quantization={lora.quantization} needs bitsandbytes: pip install 'instructrl[qlora]', or set "
-            "it to null."
-        )

@@ -141,9 +141,11 @@ def init_reward_model(path: Path | str, recipe: Recipe, to: torch.device | None 
 
 
 def draw_head(model: PreTrainedModel) -> None:
-    """Draw the scalar head anew."""
+    """Draw the scalar head anew; on the CPU, so that it is the same wherever the model lies."""
     width = model.score.in_features
-    torch.nn.init.normal_(model.score.weight, std=(width + 1) ** -0.5)
+    drawn = torch.empty(model.score.weight.shape).normal_(std=(width + 1) ** -0.5)
+    with torch.no_grad():
+        model.score.weight.copy_(drawn)
 
 
 def contract_of(path: Path | str, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Contract:

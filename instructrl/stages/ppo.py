@@ -132,9 +132,7 @@ def refused() -> Iterator[None]:
 
 
 def check(recipe: Recipe) -> None:
-    """Refuse what TRL's trainer cannot do, where a section asks for it, and 4-bit weights without the library for them,
-    before anything trains."""
-    base_model.check(recipe)
+    """Refuse what TRL's trainer cannot do, where a section asks for it, before anything trains."""
     for name in ("ppo", "ppo_ptx"):
         if getattr(recipe, name).backend == "trl":
             from instructrl.stages import trl_ppo

@@ -11,7 +11,7 @@ from trl import SFTConfig
 
 from instructrl.config import Recipe
 from instructrl.errors import UserError
-from instructrl.stages import base_model, benchmarks, models, ranks, sft
+from instructrl.stages import benchmarks, models, ranks, sft
 from instructrl.stages.arguments import check_trainer
 from instructrl.stages.contract import Contract, Limits
 from instructrl.stages.tables import read_table
@@ -35,9 +35,7 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
 
 
 def check(recipe: Recipe) -> None:
-    """Refuse fields in `ppo_init.trainer` that TRL's SFTConfig does not have, and 4-bit weights without the library for
-    them, before anything trains."""
-    base_model.check(recipe)
+    """Refuse fields in `ppo_init.trainer` that TRL's SFTConfig does not have, before anything trains."""
     check_trainer(SFTConfig, recipe, "ppo_init")
 
 

@@ -94,9 +94,7 @@ def starting_model(
 
 
 def check(recipe: Recipe) -> None:
-    """Refuse fields in `reward_model.trainer` that TRL's RewardConfig does not have, and 4-bit weights without the
-    library for them, before anything trains."""
-    base_model.check(recipe)
+    """Refuse fields in `reward_model.trainer` that TRL's RewardConfig does not have, before anything trains."""
     check_trainer(RewardConfig, recipe, "reward_model")
 
 

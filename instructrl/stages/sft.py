@@ -103,9 +103,7 @@ def fine_tune(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path, 
 
 
 def check(recipe: Recipe) -> None:
-    """Refuse fields in `sft.trainer` that TRL's SFTConfig does not have, and 4-bit weights without their library,
-    before anything trains."""
-    base_model.check(recipe)
+    """Refuse fields in `sft.trainer` that TRL's SFTConfig does not have, before anything trains."""
     check_trainer(SFTConfig, recipe, "sft")
 
 

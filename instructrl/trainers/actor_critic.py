@@ -32,9 +32,8 @@ class ActorCritic(nn.Module):
             policy = network(self.policy)
             return as_forward(self.policy, self.policy, lambda: rollout.response_logprobs(policy, pack, temperature))
         critic = network(self.critic)
-        return as_forward(
-            self.critic, self.critic, lambda: rollout.token_scores(critic, pack).clone()
-        )  # FSDP warns of views
+        # Not a view: FSDP warns of those.
+        return as_forward(self.critic, self.critic, lambda: rollout.token_scores(critic, pack).clone())
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         network(self.policy).activation_checkpointing_enable(**options)

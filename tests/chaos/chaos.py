@@ -89,8 +89,8 @@ class Trial:
         found = {}
         for process in [child for worker in self.workers() for child in worker.children()]:
             with suppress(psutil.NoSuchProcess):
-                found[process.environ().get("RANK")] = process.pid
-        return [pid for rank, pid in sorted(found.items()) if rank is not None]
+                found[process.environ().get("RANK", "")] = process.pid
+        return [pid for rank, pid in sorted(found.items()) if rank]
 
     def inputs(self) -> list[Path]:
         """The artifacts that the stage is made from."""
@@ -219,7 +219,6 @@ def prepare(trial: Trial, fault: str, reference: Path) -> None:
     if fault == "disk full":
         used = sum(path.stat().st_size + 8192 for path in reference.rglob("*"))
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={2 * used + 2**24}", "tmpfs", trial.store], check=True)
-        trial.undo.append(lambda: None)
     shutil.copytree(reference, trial.store, dirs_exist_ok=True)
     shutil.rmtree(trial.store / trial.stage)
     if fault == SECOND:
@@ -268,7 +267,7 @@ def differences(trial: Trial, reference: Path) -> list[str]:
     for manifest in sorted(reference.glob(f"*/*/{MANIFEST}")):
         path = manifest.parent.relative_to(reference)
         if not (trial.store / path / MANIFEST).exists():
-            if path.parts[0] != trial.stage and trial.said.startswith(path.parts[0]):
+            if path.parts[0] != trial.stage and trial.said.split("/")[0] == path.parts[0]:
                 continue  # the fault took it, and nothing needed it
             problems.append(f"{path} is lost")
             continue
@@ -278,7 +277,7 @@ def differences(trial: Trial, reference: Path) -> list[str]:
         except ValueError as error:
             damage = str(error)
         if damage:
-            if path.parts[0] != trial.stage and trial.said.startswith(path.parts[0]):
+            if path.parts[0] != trial.stage and trial.said.split("/")[0] == path.parts[0]:
                 continue
             problems.append(f"{path}: {damage}")
         elif found.digest != expected.digest:
