@@ -387,7 +387,7 @@ def way_of(stage: Stage, runtime: Runtime) -> dict[str, Any]:
     return {
         "processes": processes,
         "sharding": runtime.sharding if processes > 1 else "none",
-        "rollouts": runtime.rollouts if (stage.module or stage.name) == "ppo" else "transformers",
+        "rollouts": runtime.rollouts if stage.name in ("ppo", "ppo_ptx") else "transformers",
     }
 
 
