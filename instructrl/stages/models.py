@@ -97,8 +97,8 @@ def load_base(path: Path | str, recipe: Recipe) -> PreTrainedModel:
 
 
 def mend_for_cpu(model: PreTrainedModel) -> None:
-    """Keep bitsandbytes (0.50) from packing weights anew in eval mode, with constants rounded to bfloat16; and let go of
-    the file, which stays in memory as long as a weight is a view of it.
+    """Keep bitsandbytes (0.50) from packing weights anew in eval mode, with constants rounded to bfloat16; and let go
+    of the file, which stays in memory as long as a weight is a view of it.
 
     Raises:
         UserError: it would read a matrix wrongly, as it does where a block of 64 numbers spans two rows.
