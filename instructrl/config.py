@@ -684,6 +684,11 @@ class Runtime(Section):
         """Processes of a stage on all nodes."""
         return self.nodes * self.num_processes
 
+    @property
+    def sharded(self) -> bool:
+        """Whether they share weights, and not only batches."""
+        return self.sharding == "fsdp" and self.ranks > 1
+
 
 class Recipe(Section):
     """One experiment."""
@@ -738,7 +743,7 @@ class Recipe(Section):
                     "runtime.rollouts=vllm is not for model.lora.quantization: vLLM would put the merged weights in 4 "
                     "bits again; set runtime.rollouts=transformers"
                 )
-        if self.runtime.sharding == "fsdp" and self.runtime.ranks > 1:
+        if self.runtime.sharded:
             if self.runtime.rollouts == "vllm":
                 raise ValueError("runtime.rollouts=vllm is not for runtime.sharding=fsdp; set one of them otherwise")
             if self.model.lora and self.model.lora.quantization:

@@ -107,7 +107,7 @@ class Network:
     @property
     def buckets(self) -> int:
         """Bytes in which DDP sums the gradients of several processes."""
-        return self.gradient if self.recipe.runtime.ranks > 1 and not is_sharded(self.recipe) else 0
+        return self.gradient if self.recipe.runtime.ranks > 1 and not self.recipe.runtime.sharded else 0
 
     @property
     def gathered(self) -> int:
@@ -115,7 +115,7 @@ class Network:
         their gradients before those are shared out."""
         block = self.shape.matrix_weights // self.shape.layers
         weights = (self.weights - self.shape.matrix_weights + 2 * block) * self.precision
-        return weights * (1 if self.recipe.model.lora else 2) if is_sharded(self.recipe) else 0
+        return weights * (1 if self.recipe.model.lora else 2) if self.recipe.runtime.sharded else 0
 
     @property
     def tied_gradient(self) -> int:
@@ -207,11 +207,6 @@ class Passes:
         return tokens * (2 * shape.width * self.residual + widest * self.compute)
 
 
-def is_sharded(recipe: Recipe) -> bool:
-    """Whether processes share weights, and not only batches."""
-    return recipe.runtime.sharding == "fsdp" and recipe.runtime.ranks > 1
-
-
 def phases(stage: str, recipe: Recipe, shape: Shape, device: Device) -> list[Phase]:
     """What a stage holds in each of its phases; `data` has no model, and none.
 
@@ -231,7 +226,7 @@ def phases(stage: str, recipe: Recipe, shape: Shape, device: Device) -> list[Pha
     distributed = stages(recipe)[stage].distributed
     own = own_share(stage, recipe) if distributed else recipe.model_copy(update={"runtime": alone(recipe.runtime)})
     beside = recipe.runtime.num_processes if distributed and device == "cpu" else 1
-    parts = own.runtime.ranks if is_sharded(own) and stage != "eval" else 1  # which reads one whole model at a time
+    parts = own.runtime.ranks if own.runtime.sharded and stage != "eval" else 1  # which reads one whole model at a time
     found = of[stage](stage, own, shape, device) if stage in of else ()
     return [Phase(phase.stage, phase.name, whole(shared(phase.parts, parts), device, beside)) for phase in found]
 
@@ -373,7 +368,7 @@ def _ppo(stage: str, recipe: Recipe, shape: Shape, device: Device) -> Iterator[P
     section: PPO = getattr(recipe, stage)
     policy, critic = Network(shape, recipe, "words"), Network(shape, recipe, "scalar")
     # All four are adapters on the policy's base model, unless each is in parts of its own.
-    one_base = recipe.model.lora is not None and not is_sharded(recipe)
+    one_base = recipe.model.lora is not None and not recipe.runtime.sharded
     held = {
         "policy": policy.weight_bytes,
         "critic": critic.adapter_bytes if one_base else critic.weight_bytes,
@@ -387,7 +382,7 @@ def _ppo(stage: str, recipe: Recipe, shape: Shape, device: Device) -> Iterator[P
     prompt = min(recipe.data.max_prompt_tokens, shape.context - section.response_length)
     length = prompt + section.response_length
     decoded = min(recipe.runtime.generation_batch_size, section.batch_size)
-    gathered = policy.weight_bytes if is_sharded(recipe) else 0  # one model at a time, and whole
+    gathered = policy.weight_bytes if recipe.runtime.sharded else 0  # one model at a time, and whole
     sampling = held | {GATHERED: gathered}
     yield _decoding(stage, "rollout", sampling, recipe, shape, device, decoded, section.response_length)
     rows = batch(section.batch_size, length, limit)

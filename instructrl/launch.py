@@ -137,7 +137,7 @@ def check_libraries(plan: Sequence[StagePlan], recipe: Recipe) -> None:
             f"model.lora.quantization={lora.quantization} needs bitsandbytes: pip install 'instructrl[qlora]', or set "
             "it to null."
         )
-    if runtime.sharding == "fsdp" and runtime.ranks > 1:
+    if runtime.sharded:
         there = tuple(int(part) for part in re.findall(r"\d+", version("torch"))[:2])
         if there < SHARDING_NEEDS:
             raise UserError(
