@@ -1,5 +1,6 @@
 """The PPO trainer against a float64 oracle, and what must hold exactly. T1, T2, T4, T10, T11, T13, T14, T15, T18."""
 
+import contextlib
 import copy
 import json
 import math
@@ -9,6 +10,8 @@ import pytest
 import tiny_models as tiny
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PrinterCallback, TrainerCallback
 
 from instructrl.trainers import rollout
@@ -354,6 +357,77 @@ def test_batching_of_generation_does_not_change_the_result(tmp_path):
     a, b = trained(tmp_path, generation_batch_size=3), trained(tmp_path, generation_batch_size=128)
     assert a.last_episodes.sequences == b.last_episodes.sequences
     assert distance(weights(a.model), weights(b.model)) < 1e-5
+
+
+class Waits(TorchDispatchMode):
+    """What a GPU would have to be waited for: a number that is read, or a shape that depends on one."""
+
+    names = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "is_nonzero", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.passes = set(), 0
+
+    def __enter__(self):
+        Tensor.tolist = lambda tensor: self.seen.add("tolist")  # which reads memory without an operator
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        del Tensor.tolist
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator.overloadpacket.__name__
+        chosen = args[1] if name in ("index", "index_put_") else ()
+        by_mask = any(one is not None and one.dtype == torch.bool for one in chosen)
+        if name in self.names or by_mask:
+            self.seen.add(name)
+        self.passes += name in ("_log_softmax", "logsumexp", "embedding")
+        return operator(*args, **kwargs or {})
+
+
+@contextlib.contextmanager
+def in_the_inner_loop(made, watch):
+    """`with watch():` around every forward pass, with its loss and statistics, and every backward pass."""
+    forward, backward = made.compute_loss_context_manager, made.accelerator.backward
+
+    @contextlib.contextmanager
+    def watched_forward():
+        with forward(), watch():
+            yield
+
+    def watched_backward(loss):
+        with watch():
+            backward(loss)
+
+    made.compute_loss_context_manager, made.accelerator.backward = watched_forward, watched_backward
+    yield
+    made.compute_loss_context_manager, made.accelerator.backward = forward, backward
+
+
+INNER = {"ptx_coef": 0.5, "num_ppo_epochs": 2, "max_tokens": 30}
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}], ids=["float32", "autocast"])
+def test_nothing_in_the_inner_loop_waits_for_the_device(tmp_path, architecture, precision):
+    made, waits = trainer(tmp_path, architecture, **INNER, **precision), Waits()
+    with in_the_inner_loop(made, lambda: waits):
+        made.train()
+    assert waits.seen == set()
+    assert waits.passes > 3 * made.state.global_step  # of ptx, policy and critic
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [Tensor.item, lambda one: one.tolist(), bool, torch.nonzero, lambda one: one[one > 0]],
+    ids=["item", "tolist", "bool", "nonzero", "mask"],
+)
+def test_what_would_wait_is_seen(wait):
+    with Waits() as waits:
+        wait(torch.ones(1))
+    assert waits.seen
+    assert torch.ones(1).tolist() == [1]
 
 
 def test_learning_rates_warm_up_by_iterations_and_stay(tmp_path):

@@ -455,10 +455,12 @@ class PPOTrainer(ShardedTrainer, Trainer):
         num_tokens = sum(len(example) - 1 for example in examples)
         denominator = max(num_tokens, 1) if args.ptx_normalization == "token_mean" else count
         own, total = examples[args.process_index :: args.world_size], torch.zeros((), device=args.device)
+        batches = self.batches([len(example) for example in examples])
+        # All of them now: between passes a copy to a GPU would wait for it.
+        packs = [self.pack([own[index] for index in batch or (0,)], [1] * max(len(batch), 1)) for batch in batches]
         # The PPO gradients' last backward pass averages these with its own; where weights are sharded, each pass does.
         with self.accelerator.no_sync(model):
-            for batch in self.batches([len(example) for example in examples]):
-                pack = self.pack([own[index] for index in batch or (0,)], [1] * max(len(batch), 1))
+            for pack, batch in zip(packs, batches, strict=True):
                 with self.compute_loss_context_manager():
                     logprobs = model("policy", pack)
                     loss = losses.ptx_loss(logprobs, denominator) * args.world_size * bool(batch)
