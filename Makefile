@@ -12,7 +12,7 @@ FAST := not slow and not gpu and not network and not slurm and not vllm
 STAGE_TESTS := $(patsubst %,tests/test_%.py,checkpoints eval label lora models ppo ppo_stage pretrain ranking reward_model sft shared_base trl_ppo vllm)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-gpu test-slow test-slurm test-trl-min test-vllm parity chaos check bench-ppo bench-reward bench-sft bench-data bench-estimate bench-lora bench-ranks scorecard clean
+.PHONY: help run test test-extras test-gpu test-slow test-slurm test-trl-min test-vllm parity chaos check bench-ppo bench-reward bench-sft bench-data bench-estimate bench-lora bench-ranks scorecard clean
 
 help: ## Show these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -20,7 +20,7 @@ help: ## Show these targets
 run: $(VENV)/.installed ## Set up and run the whole story on the built-in world
 	$(VENV)/bin/instructrl run-all
 
-test test-gpu test-slow test-trl-min test-vllm parity: export OMP_NUM_THREADS ?= 1 # models this small are faster on one thread than on two
+test test-extras test-gpu test-slow test-trl-min test-vllm parity: export OMP_NUM_THREADS ?= 1 # models this small are faster on one thread than on two
 
 test: $(VENV)/.installed-dev ## Set up and run the tests
 	$(VENV)/bin/python -m pytest -m "$(FAST)" --numprocesses 2 --dist loadfile
@@ -39,6 +39,9 @@ test-trl-min: $(TRL_MIN)/.installed ## Run the tests of the stages and trainers 
 
 test-vllm: $(VLLM)/.installed ## Run PPO's rollouts on vLLM itself, its build for CPUs
 	$(VLLM)/bin/python -m pytest -m vllm tests/test_vllm_engine.py
+
+test-extras: $(VENV)/.installed-extras ## Run the tests of DeepSpeed and of 4-bit adapters, on a CPU
+	$(VENV)/bin/python -m pytest tests/test_zero.py tests/test_qlora.py
 
 parity: $(TRL_MIN)/.installed ## Compare our PPO with TRL 1.12's, number by number
 	$(TRL_MIN)/bin/python -m pytest --quiet --no-header --disable-warnings tests/parity
@@ -93,6 +96,10 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.torch
 
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed
 	$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-extras: pyproject.toml $(VENV)/.installed-dev
+	$(PIP) -c constraints.txt -e '.[deepspeed,qlora]'
 	@touch $@
 
 $(TRL_MIN)/.installed: pyproject.toml constraints.txt

@@ -622,9 +622,10 @@ class Runtime(Section):
     num_processes: PositiveInt = 1
     """Processes of a stage on each node, one a GPU. They share a recipe's batches, and end where one process does, to
     rounding. `data`, `pretrain` and `label` have one process all the same. See docs/scaling.md."""
-    sharding: Literal["none", "fsdp"] = "none"
-    """`fsdp`: the processes of a training share weights, gradients and optimizer state, in place of holding all of them
-    each; with one process there is nothing to share. See docs/scaling.md."""
+    sharding: Literal["none", "fsdp", "zero1", "zero2", "zero3"] = "none"
+    """What the processes of a training share, in place of holding all of it each: `fsdp` weights, gradients and
+    optimizer state; by DeepSpeed `zero1` optimizer state, `zero2` gradients, too, `zero3` weights, too. One process has
+    nothing to share. See docs/scaling.md."""
     nodes: PositiveInt = 1
     """Machines that share a stage's work, and a file system for `output_dir`."""
     node_command: str = "srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --kill-on-bad-exit=1"
@@ -685,9 +686,19 @@ class Runtime(Section):
         return self.nodes * self.num_processes
 
     @property
+    def shares(self) -> bool:
+        """Whether they share more than batches."""
+        return self.sharding != "none" and self.ranks > 1
+
+    @property
     def sharded(self) -> bool:
-        """Whether they share weights, and not only batches."""
-        return self.sharding == "fsdp" and self.ranks > 1
+        """Whether they share weights."""
+        return self.shares and self.zero in (0, 3)
+
+    @property
+    def zero(self) -> int:
+        """The stage of DeepSpeed's ZeRO; 0 without it."""
+        return int(self.sharding.removeprefix("zero")) if self.shares and self.sharding.startswith("zero") else 0
 
 
 class Recipe(Section):
@@ -743,19 +754,26 @@ class Recipe(Section):
                     "runtime.rollouts=vllm is not for model.lora.quantization: vLLM would put the merged weights in 4 "
                     "bits again; set runtime.rollouts=transformers"
                 )
-        if self.runtime.sharded:
+        muon = [
+            f"{name}.muon_learning_rate"
+            for name in ("sft", "reward_model", "ppo_init")
+            if getattr(self, name).muon_learning_rate
+        ]
+        if self.runtime.shares:
+            sharding = f"runtime.sharding={self.runtime.sharding}"
             if self.runtime.rollouts == "vllm":
-                raise ValueError("runtime.rollouts=vllm is not for runtime.sharding=fsdp; set one of them otherwise")
+                raise ValueError(f"runtime.rollouts=vllm is not for {sharding}; set one of them otherwise")
             if self.model.lora and self.model.lora.quantization:
-                raise ValueError("model.lora.quantization is not for runtime.sharding=fsdp; set runtime.sharding=none")
-        if self.model.lora:
-            muon = [
-                f"{name}.muon_learning_rate"
-                for name in ("sft", "reward_model", "ppo_init")
-                if getattr(self, name).muon_learning_rate
-            ]
+                raise ValueError(f"model.lora.quantization is not for {sharding}; set runtime.sharding=none")
+        if self.runtime.zero:
             if muon:
-                raise ValueError(f"{muon[0]} is for all weights of small models; set it to null, or model.lora=null")
+                raise ValueError(f"{muon[0]} is not for {sharding}, which is for AdamW; set it to null, or take fsdp")
+            if self.model.dtype != "float32":
+                raise ValueError(f"model.dtype={self.model.dtype} is not for {sharding}; set float32, or take fsdp")
+            if self.model.lora and self.runtime.zero == 3:
+                raise ValueError(f"model.lora is not for {sharding}; set runtime.sharding=fsdp")
+        if self.model.lora and muon:
+            raise ValueError(f"{muon[0]} is for all weights of small models; set it to null, or model.lora=null")
         if self.model.path is None and not (self.data.world or self.data.text):
             raise ValueError("model.path is null, so pretrain makes the model, which needs data.text")
         return self

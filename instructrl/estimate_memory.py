@@ -25,10 +25,14 @@ HEAP = 0.2
 follow. Measured. A GPU's allocator is given `estimate.ROOM`."""
 FREED = ("activations", "gradients")
 CAST = "weights in bfloat16"
-BUCKETS = "gradients in DDP's buckets"
+BUCKETS = "gradients in buckets"
 GATHERED = "gathered weights"
-SHARDED = ("weights", "policy", "critic", "reward model", "reference", "moving average", "Adam's moments", "gradients")
-"""Of these each process holds a part with `runtime.sharding=fsdp`."""
+MOMENTS, GRADIENTS = ("Adam's moments",), ("gradients",)
+WEIGHTS = ("weights", "policy", "critic", "reward model", "reference", "moving average")
+SHARDED = {0: WEIGHTS + MOMENTS + GRADIENTS, 1: MOMENTS, 2: MOMENTS + GRADIENTS, 3: WEIGHTS + MOMENTS + GRADIENTS}
+"""Of these each process holds a part, by the stage of DeepSpeed's ZeRO; 0 is `runtime.sharding=fsdp`."""
+BUCKET = 50_000_000 * 4
+"""Bytes in which DeepSpeed collects gradients before it sends them: `zero.settings`."""
 CHUNK = 1024
 """Padded tokens of a forward pass on a CPU, in sft and reward_model: `FastSFTTrainer.max_tokens`."""
 FLOAT = 4
@@ -102,17 +106,21 @@ class Network:
     @property
     def moments(self) -> int:
         matrices = self.shape.matrix_weights * self.precision if self.muon else 0
-        return 2 * self.gradient - matrices
+        copy = self.gradient if self.recipe.runtime.zero else 0  # DeepSpeed steps a copy of the weights
+        return 2 * self.gradient - matrices + copy
 
     @property
     def buckets(self) -> int:
-        """Bytes in which DDP sums the gradients of several processes."""
-        return self.gradient if self.recipe.runtime.ranks > 1 and not self.recipe.runtime.sharded else 0
+        """Bytes in which the gradients of several processes are summed, by DDP or DeepSpeed."""
+        runtime = self.recipe.runtime
+        if runtime.zero:
+            return min(self.gradient, BUCKET)
+        return self.gradient if runtime.ranks > 1 and not runtime.shares else 0
 
     @property
     def gathered(self) -> int:
-        """Bytes that FSDP gathers in a forward and a backward pass: all but the blocks, this block and the next; and
-        their gradients before those are shared out."""
+        """Bytes that FSDP, or stage 3 of ZeRO, gathers in a forward and a backward pass: all but the blocks, this block
+        and the next; and their gradients before those are shared out."""
         block = self.shape.matrix_weights // self.shape.layers
         weights = (self.weights - self.shape.matrix_weights + 2 * block) * self.precision
         return weights * (1 if self.recipe.model.lora else 2) if self.recipe.runtime.sharded else 0
@@ -226,14 +234,16 @@ def phases(stage: str, recipe: Recipe, shape: Shape, device: Device) -> list[Pha
     distributed = stages(recipe)[stage].distributed
     own = own_share(stage, recipe) if distributed else recipe.model_copy(update={"runtime": alone(recipe.runtime)})
     beside = recipe.runtime.num_processes if distributed and device == "cpu" else 1
-    parts = own.runtime.ranks if own.runtime.sharded and stage != "eval" else 1  # which reads one whole model at a time
+    shares = own.runtime.shares and stage != "eval"  # which reads one whole model at a time
     found = of[stage](stage, own, shape, device) if stage in of else ()
-    return [Phase(phase.stage, phase.name, whole(shared(phase.parts, parts), device, beside)) for phase in found]
+    every = [(phase, shared(phase.parts, own.runtime) if shares else phase.parts) for phase in found]
+    return [Phase(phase.stage, phase.name, whole(parts, device, beside)) for phase, parts in every]
 
 
-def shared(parts: dict[str, int], processes: int) -> dict[str, int]:
-    """What one of the processes holds that share weights, and all that is as large."""
-    return {part: size // processes if part in SHARDED else size for part, size in parts.items()}
+def shared(parts: dict[str, int], runtime: Runtime) -> dict[str, int]:
+    """What one of the processes holds, where they share some of it."""
+    of_all = SHARDED[runtime.zero]
+    return {part: size // runtime.ranks if part in of_all else size for part, size in parts.items()}
 
 
 def own_share(stage: str, recipe: Recipe) -> Recipe:

@@ -22,6 +22,7 @@ from instructrl.stages import endpoint
 
 PORT = 29400  # torchrun's own
 SHARDING_NEEDS = (2, 13)  # of torch: FSDPModule.reset_iter_state
+DEEPSPEED_NEEDS = (0, 19, 8)  # what is tested; older ones lack managed_gradient_accumulation
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "mlflow": ("mlflow", "mlflow-skinny")}
 """`runtime.tracker` -> the packages that will do, if not that of its name."""
 
@@ -36,6 +37,8 @@ def environment(recipe: Recipe) -> dict[str, str]:
         added["OMP_NUM_THREADS"] = str(threads)
     if runtime.offline:
         added |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    if runtime.zero and runtime.device == "cpu":
+        added["DS_ACCELERATOR"] = "cpu"  # DeepSpeed takes a GPU wherever there is one
     return os.environ | added
 
 
@@ -137,13 +140,30 @@ def check_libraries(plan: Sequence[StagePlan], recipe: Recipe) -> None:
             f"model.lora.quantization={lora.quantization} needs bitsandbytes: pip install 'instructrl[qlora]', or set "
             "it to null."
         )
-    if runtime.sharded:
+    if runtime.zero:
+        check_deepspeed(runtime.sharding)
+    elif runtime.shares:
         there = tuple(int(part) for part in re.findall(r"\d+", version("torch"))[:2])
         if there < SHARDING_NEEDS:
             raise UserError(
                 f"runtime.sharding=fsdp needs torch {'.'.join(map(str, SHARDING_NEEDS))} or newer, and this is "
                 f"{version('torch')}: upgrade it, or set runtime.sharding=none."
             )
+
+
+def check_deepspeed(sharding: str) -> None:
+    """Raises: UserError: it is not there, or too old."""
+    try:
+        there = tuple(int(part) for part in re.findall(r"\d+", version("deepspeed"))[:3])
+    except PackageNotFoundError:
+        there = None
+    if there is None or there < DEEPSPEED_NEEDS:
+        needed = ".".join(map(str, DEEPSPEED_NEEDS))
+        raise UserError(
+            f"runtime.sharding={sharding} needs deepspeed {needed} or newer, "
+            f"{'which is not installed' if there is None else 'and this is ' + version('deepspeed')}: "
+            "pip install 'instructrl[deepspeed]', or set runtime.sharding=fsdp."
+        )
 
 
 def check_rollouts(plan: Sequence[StagePlan], recipe: Recipe) -> None:

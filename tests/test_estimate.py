@@ -138,10 +138,10 @@ def test_several_processes_share_operations_and_batches_by_hand():
     assert computing[1] == pytest.approx(computing[0] / 2)
     assert alone["label"] == shared["label"]
     before, after = ({phase.name: phase.parts for phase in rows["sft"].phases} for rows in (alone, shared))
-    assert after["forward"]["gradients in DDP's buckets"] == 4 * SHAPE.policy
+    assert after["forward"]["gradients in buckets"] == 4 * SHAPE.policy
     assert 2 * after["forward"]["activations"] == before["forward"]["activations"]
     before, after = ({phase.name: phase.parts for phase in rows["ppo_ptx"].phases} for rows in (alone, shared))
-    assert after["step"]["gradients in DDP's buckets"] == 4 * (SHAPE.policy + SHAPE.scalar)
+    assert after["step"]["gradients in buckets"] == 4 * (SHAPE.policy + SHAPE.scalar)
     assert 2 * after["rollout"]["logits"] == before["rollout"]["logits"]
     assert after["step"]["Adam's moments"] == before["step"]["Adam's moments"]
 
@@ -155,11 +155,29 @@ def test_processes_that_share_weights_hold_a_part_of_them():
     )
     for part in ("policy", "critic", "reference", "reward model", "moving average", "Adam's moments", "gradients"):
         assert four["step"][part] == one["step"][part] // 4, part
-    assert "gradients in DDP's buckets" not in four["step"]
+    assert "gradients in buckets" not in four["step"]
     assert four["rollout"]["gathered weights"] == 4 * SHAPE.policy
     assert "gathered weights" not in one["rollout"]
     whole = estimate_memory.phases("eval", recipe(runtime=runtimes[1]), SHAPE, "cuda")[0]
     assert whole.parts["policy"] == 4 * SHAPE.policy
+
+
+def test_each_stage_of_zero_shares_more():
+    """DeepSpeed steps a copy of the weights, which is shared as the moments are: 12 bytes a weight."""
+    weights, found = SHAPE.policy + SHAPE.scalar, {}
+    for sharding in ("zero1", "zero2", "zero3"):
+        settings = recipe(runtime={"num_processes": 4, "sharding": sharding})
+        every = estimate_memory.phases("ppo_ptx", settings, SHAPE, "cuda")
+        found[sharding] = {phase.name: phase.parts for phase in every}
+        assert found[sharding]["step"]["Adam's moments"] == 12 * weights // 4
+        assert found[sharding]["step"]["gradients in buckets"] == 4 * weights
+    gradients = [of["step"]["gradients"] for of in found.values()]
+    assert gradients[0] // 4 == gradients[1] == gradients[2]
+    policies = [of["step"]["policy"] for of in found.values()]
+    assert policies[0] == policies[1] == 4 * SHAPE.policy
+    assert policies[2] == SHAPE.policy
+    gathered = ["gathered weights" in of["rollout"] for of in found.values()]
+    assert gathered == [False, False, True]
 
 
 def test_processes_on_a_cpu_are_in_one_memory():

@@ -9,12 +9,14 @@ import socket
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from conftest import ROOT
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
@@ -28,7 +30,9 @@ from test_ppo_stage import inputs as ppo_inputs  # noqa: F401 (a fixture, as the
 from test_reward_model import sft as rated_policy  # noqa: F401
 from test_sft import inputs as sft_inputs  # noqa: F401
 
+from instructrl import launch
 from instructrl.config import Recipe
+from instructrl.errors import UserError
 from instructrl.launch import command
 from instructrl.pipeline import stages
 from instructrl.stages import ppo, reward_model, sft
@@ -189,6 +193,44 @@ def test_a_batch_that_ranks_cannot_share_is_refused_before_anything_runs(instruc
     assert "sft.batch_size = 32 cannot be shared by runtime.num_processes = 3 processes" in found.err
     assert "or take 2." in found.err
     assert not (here / "ran.log").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"sft": {"muon_learning_rate": 0.01}}, "sft.muon_learning_rate is not for"),
+        ({"model": {"dtype": "bfloat16"}}, "model.dtype=bfloat16 is not for"),
+        ({"model": {"lora": {}}}, "model.lora is not for"),
+        ({"model": {"lora": {"quantization": "nf4"}}}, "model.lora.quantization is not for"),
+        ({"runtime": {"rollouts": "vllm"}}, "runtime.rollouts=vllm is not for"),
+    ],
+)
+def test_what_does_not_go_with_deepspeed_is_refused(changes, sentence):
+    asked = {"data": {"world": {}}, "eval": {"judge": "gold"}} | changes
+    asked["model"] = {"path": None} | changes.get("model", {})
+    runtime = {"num_processes": 2, "sharding": "zero3"} | changes.get("runtime", {})
+    with pytest.raises(ValidationError, match=f"{sentence} runtime.sharding=zero3[,;]"):
+        Recipe.model_validate(asked | {"runtime": runtime})
+    Recipe.model_validate(asked | {"runtime": runtime | {"num_processes": 1}})
+
+
+@pytest.mark.parametrize("there", [None, "0.16.4"])
+def test_a_deepspeed_that_is_not_there_or_too_old_is_missed_before_anything_runs(here, monkeypatch, there):
+    def version(name):
+        if name != "deepspeed":
+            return metadata.version(name)
+        if there is None:
+            raise metadata.PackageNotFoundError(name)
+        return there
+
+    monkeypatch.setattr(launch, "version", version)
+    with pytest.raises(UserError) as refused:
+        launch.check_deepspeed("zero2")
+    found = "which is not installed" if there is None else "and this is 0.16.4"
+    assert str(refused.value) == (
+        f"runtime.sharding=zero2 needs deepspeed 0.19.8 or newer, {found}: pip install 'instructrl[deepspeed]', or set "
+        "runtime.sharding=fsdp."
+    )
 
 
 @pytest.mark.slow

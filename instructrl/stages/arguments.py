@@ -35,6 +35,7 @@ OWNED = {  # field -> who sets it; {section} is sft, ppo_init or reward_model
     "ddp_backend": "runtime.device",
     "fsdp": "runtime.sharding",
     "fsdp_config": "runtime.sharding",
+    "deepspeed": "runtime.sharding",
     "activation_checkpointing": "runtime.gradient_checkpointing",
     "gradient_checkpointing": "runtime.gradient_checkpointing",
     "logging_steps": "runtime.logging_steps",

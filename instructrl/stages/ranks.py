@@ -32,8 +32,8 @@ def local_rank() -> int:
 
 
 def sharded(recipe: Recipe) -> bool:
-    """Whether they share the weights of what they train (`runtime.sharding`)."""
-    return count() > 1 and recipe.runtime.sharding == "fsdp"
+    """Whether they share more than batches of what they train (`runtime.sharding`)."""
+    return count() > 1 and recipe.runtime.sharding != "none"
 
 
 def share(items: Sequence[Any]) -> list[Any]:

@@ -59,7 +59,7 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
     arguments = trainer_arguments(RewardConfig, in_steps(recipe, len(fed) / len(rows)), "reward_model", folder / FOLDER)
     arguments.seed = seed
     if ranks.sharded(recipe):
-        shard(trained, arguments.device)
+        shard(trained, arguments.device, recipe.runtime.sharding)
     trainer = KWiseRewardTrainer(
         model=trained,
         args=arguments,

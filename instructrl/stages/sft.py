@@ -72,7 +72,7 @@ def fine_tune(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path, 
 
     args = arguments(recipe, folder / FOLDER, name)
     if ranks.sharded(recipe):
-        shard(model, args.device)
+        shard(model, args.device, recipe.runtime.sharding)
     trainer = FastSFTTrainer(
         model=model,
         args=args,

@@ -25,6 +25,10 @@ class ActorCritic(nn.Module):
         self.policy, self.critic = policy, critic
         self.config = copy.deepcopy(policy.config)  # Trainer writes into it; the policy's own is saved with the policy
 
+    @property
+    def networks(self) -> tuple[nn.Module, nn.Module]:
+        return self.policy, self.critic
+
     def forward(self, role: Literal["policy", "critic"], pack: Pack, temperature: float = 1.0) -> Tensor:
         """The policy's log-probabilities of the tokens that follow the wanted ones, or the critic's values before
         them -> [M]. One network a call: two together would keep both networks' activations for one backward pass."""
@@ -58,7 +62,7 @@ def load_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
         return
     saved = unsharded_class(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True).state_dict()
     if is_sharded(model):
-        load(model.state_dict(), saved)
+        load(model.state_dict(keep_vars=True), saved)
     else:
         model.load_state_dict(saved)
 

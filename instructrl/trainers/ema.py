@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from instructrl.trainers.sharding import gathered, local, part_of
+from instructrl.trainers.sharding import gathered, is_partitioned, local, part_of
 
 FILE = "ema.safetensors"
 
@@ -58,7 +58,11 @@ class EMA(TrainerCallback):
 
     def save(self, folder: Path) -> None:
         """Rank 0 writes. Collective if the weights are sharded."""
-        averages = {name: like(average, self.weights[name]) for name, average in self.averages.items()}
+        if any(map(is_partitioned, self.weights.values())):
+            with self.applied():
+                averages = gathered(self.weights)
+        else:
+            averages = {name: like(average, self.weights[name]) for name, average in self.averages.items()}
         if any(isinstance(average, DTensor) for average in averages.values()):
             averages = gathered(averages)
         if averages:
@@ -72,11 +76,11 @@ class EMA(TrainerCallback):
 @torch.no_grad()
 def put(parameter: Tensor, values: Tensor) -> Tensor:
     """Give a parameter other values, this process's part of them, and return those that it had."""
-    if not isinstance(parameter, DTensor):
+    if not isinstance(parameter, DTensor) and not is_partitioned(parameter):
         before, parameter.data = parameter.data, values
         return before
     before = local(parameter).clone()
-    local(parameter).copy_(values)  # FSDP keeps the memory, not the tensor
+    local(parameter).copy_(values)  # FSDP and DeepSpeed keep the memory, not the tensor
     return before
 
 

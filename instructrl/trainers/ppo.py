@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
@@ -44,7 +43,7 @@ from instructrl.trainers.ppo_stats import (
 from instructrl.trainers.prompts import Prompts, document_ids, fetch
 from instructrl.trainers.rewards import RewardFunction, Rewards
 from instructrl.trainers.sharded_trainer import ShardedTrainer
-from instructrl.trainers.sharding import local, shard, unsharded, whole, whole_weights
+from instructrl.trainers.sharding import local, shard, unsharded, whole_weights
 
 __all__ = ["PPOConfig", "PPOTrainer"]
 
@@ -150,8 +149,8 @@ class PPOTrainer(ShardedTrainer, Trainer):
         self.eval_prompts = self.read_prompts(eval_dataset, processing_class, args) if eval_dataset else None
         check_logits(network(model), self.prompts.ids[0])
         for each in filter(None, (model, value_model, ref_model, reward_model)):
-            if args.sharding == "fsdp" and args.world_size > 1:
-                shard(each, args.device)
+            if args.sharding != "none" and args.world_size > 1:
+                shard(each, args.device, args.sharding)
             elif each in (ref_model, reward_model):  # Trainer moves what is trained
                 each.to(args.device)
         self.prompt_order = Passes(len(self.prompts), args.seed, "prompts")
@@ -371,10 +370,11 @@ class PPOTrainer(ShardedTrainer, Trainer):
         if self.ptx_dataset:
             with self.clock("ptx"):
                 self.pretraining_gradients(model)
-                pretraining = [part.clone() for part in self.policy_gradients()]
+                if not self.zero:  # DeepSpeed keeps gradients for itself
+                    pretraining = [part.clone() for part in self.policy_gradients()]
         with self.clock("update"):
             loss = self.ppo_gradients(model, inputs["episodes"], inputs["rows"])
-        if self.ptx_dataset:
+        if pretraining:
             if self.args.world_size > 1 and not self.sharded:
                 pretraining = [self.accelerator.reduce(part, "mean") for part in pretraining]
             over_processes = self.accelerator.reduce if self.sharded else None
@@ -388,7 +388,7 @@ class PPOTrainer(ShardedTrainer, Trainer):
     def batches(self, lengths: Sequence[int], most: int | None = None) -> list[list[int]]:
         """This process's share of rows of those lengths in micro-batches, numbered within the share.
 
-        Where weights are sharded, all make as many forward passes as the one that has most: empty ones are added.
+        Where all must keep step, they make as many passes as the one that has most: empty ones are added.
         """
         args, processes = self.args, self.args.world_size
 
@@ -396,7 +396,7 @@ class PPOTrainer(ShardedTrainer, Trainer):
             return rollout.length_batches(lengths[process::processes], args.max_tokens, most)
 
         own = of(args.process_index)
-        if not self.sharded:
+        if not self.in_step:
             return own
         return own + [[]] * (max(len(of(process)) for process in range(processes)) - len(own))
 
@@ -485,8 +485,7 @@ class PPOTrainer(ShardedTrainer, Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip policy and critic each by itself: a surprised critic must not shorten the policy's step."""
-        policy = whole(clip_grad_norm_(self.model.policy.parameters(), self.args.max_grad_norm))
-        critic = whole(clip_grad_norm_(self.model.critic.parameters(), self.args.max_grad_norm))
+        policy, critic = self.clipped()
         self.record({"grad_norm": policy, "critic/grad_norm": critic})
         return torch.maximum(policy, critic)  # not finite if one of them is not
 

@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 CHOICES = {
     "kl_estimator": ("k1", "k3"),
     "ema_every": ("iteration", "step"),
-    "sharding": ("none", "fsdp"),
+    "sharding": ("none", "fsdp", "zero1", "zero2", "zero3"),
     "ptx_normalization": ("token_mean", "sequence_sum"),
     "vllm_mode": ("colocate", "server"),
 }
@@ -122,7 +122,8 @@ class PPOConfig(TrainingArguments):
     completions_dir: str | None = None
     """Where the tables go, one JSON Lines file each; None: `completions` in `output_dir`."""
     sharding: str = "none"
-    """`fsdp`: the processes share the weights of all models, gradients and optimizer state; see `sharding.py`."""
+    """What the processes share: `fsdp` the weights of all models, gradients and optimizer state (`sharding.py`);
+    `zero1` to `zero3` what DeepSpeed's stages do (`zero.py`)."""
     max_grad_norm: float = 1.0
     """For the policy and for the critic, each."""
     adam_beta2: float = 0.95

@@ -23,12 +23,45 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+ZERO, ENGINE = "zero_stage", "zero_engine"
+"""What a model is told of DeepSpeed, beside its parameters and submodules."""
 
-def shard(model: PreTrainedModel | PeftModel, device: torch.device) -> None:
+
+def shard(model: PreTrainedModel | PeftModel, device: torch.device, sharding: str = "fsdp") -> None:
+    """Share the model as `runtime.sharding` says, and move this process's part to the device.
+
+    With `fsdp` and `zero3` each process then has a part of each weight. With `zero1` and `zero2` it has all, and the
+    trainer will share the optimizer. To be called last of all that changes the model's form or its parameters; the
+    processes must have met, and have the same weights.
+
+    Raises:
+        ValueError: this torch is too old.
+    """
+    if sharding == "fsdp":
+        fully_shard_layers(model, device)
+        return
+    vars(model)[ZERO] = int(sharding.removeprefix("zero"))
+    model.to(device)
+    if zero_stage(model) == 3:
+        from instructrl.trainers import zero  # DeepSpeed is installed where it is asked for
+
+        zero.partition(model)
+
+
+def zero_stage(model: nn.Module) -> int:
+    """DeepSpeed's stage, with which the model is trained; 0 without DeepSpeed."""
+    return vars(model).get(ZERO, 0)
+
+
+def engine_of(model: nn.Module) -> nn.Module | None:
+    """DeepSpeed's engine, through which the model is called; None before training and without DeepSpeed."""
+    return vars(model).get(ENGINE)
+
+
+def fully_shard_layers(model: PreTrainedModel | PeftModel, device: torch.device) -> None:
     """Share the model's parameters among all processes, layer by layer, and move this one's part to the device.
 
-    Of each parameter a process keeps an equal part of its rows. To be called last of all that changes the model's form
-    or its parameters; the processes must have met, and have the same weights.
+    Of each parameter a process keeps an equal part of its rows.
 
     Raises:
         ValueError: this torch is too old.
@@ -53,8 +86,8 @@ def mesh(device_type: str) -> DeviceMesh:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard` was given the model."""
-    return isinstance(model, FSDPModule)
+    """Whether each process has a part of the model's weights."""
+    return isinstance(model, FSDPModule) or zero_stage(model) == 3
 
 
 def unsharded_class(model: nn.Module) -> Any:
@@ -70,6 +103,12 @@ def unsharded(model: nn.Module) -> Iterator[None]:
     """
     if not is_sharded(model):
         yield
+        return
+    if zero_stage(model):
+        from instructrl.trainers import zero
+
+        with zero.gathered(model):
+            yield
         return
     layers = [module for module in model.modules() if is_sharded(module)]
     for layer in layers:
@@ -90,6 +129,7 @@ def as_forward(wrapped: nn.Module, inner: nn.Module, work: Callable[..., Any], *
     wrapper is the model itself, and which gathers the weights outside of layers for it. `work` may call the model's
     parts; under FSDP as often as other processes do, otherwise as often as it likes.
     """
+    wrapped = engine_of(inner) or wrapped
     if wrapped is inner and not is_sharded(inner):
         return work(*args)
     before = vars(inner).get("forward")
@@ -116,16 +156,31 @@ def as_forward(wrapped: nn.Module, inner: nn.Module, work: Callable[..., Any], *
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part, in the same memory; of a tensor that is not sharded all of it. Without gradient."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    if isinstance(tensor, DTensor):
+        return tensor.detach().to_local()
+    return getattr(tensor, "ds_tensor", tensor).detach()
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, on every process; what is no sharded tensor, as it is. Collective if it is one."""
+    if is_partitioned(tensor):
+        from instructrl.trainers import zero
+
+        return zero.whole(tensor)
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def is_partitioned(tensor: Tensor) -> bool:
+    """Whether it is a parameter of which each process has a part for DeepSpeed: `ds_tensor`."""
+    return hasattr(tensor, "ds_tensor")
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, which every process has, sharded as `like` is; no communication."""
+    if is_partitioned(like):
+        from instructrl.trainers import zero
+
+        return zero.part_of(tensor.to(like.device), like)
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
@@ -141,7 +196,7 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     keeps = torch.distributed.get_rank() == 0
     for name, tensor in tensors.items():
         first = names.setdefault(id(tensor), name)
-        all_of_it = None if first != name else whole(tensor.detach())
+        all_of_it = None if first != name else whole(tensor).detach()
         if keeps:
             found[name] = found[first] if all_of_it is None else all_of_it.cpu()
     return found

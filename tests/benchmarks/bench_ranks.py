@@ -1,18 +1,21 @@
 """`make bench-ranks`: one process, two with all weights each (DDP), and two that share them (FSDP), on equal batches.
 
-Prints one JSON object for each stage and size of model. Each process computes on one thread; the three sides take turns
-of some optimizer steps, and the first turn is not counted. On one core two processes cannot be faster than one.
+With `instructrl[deepspeed]` also two that share what DeepSpeed's ZeRO shares, in its three stages.
+
+Prints one JSON object for each stage and size of model. Each process computes on one thread; the sides take turns of
+some optimizer steps, and the first turn is not counted. On one core two processes cannot be faster than one.
 
     seconds                    by the clock, of a turn's steps: the median turn's, and all of them
     cpu_seconds                of the busier process, which does not wait for other programs, nor for its partner
     speed_up, cpu_speed_up     of two processes: one's over theirs
-    share_of_weights           that a process of FSDP holds between two steps
+    share_of_weights           that a process holds between two steps
     largest_weight_difference  of a weight at the end, from one process's
     largest_loss_difference    of a step's loss (an iteration's, of PPO)
     peak_mb, loaded_mb         a process's peak memory, and what of it there was before training
 """
 
 import argparse
+import importlib.util
 import json
 import socket
 import tempfile
@@ -22,7 +25,9 @@ from statistics import median
 from turns import Worker, rounded
 
 HERE = Path(__file__).parent
-SIDES = {"one": 1, "ddp": 2, "fsdp": 2}
+SIDES = {"one": 1, "ddp": 2, "fsdp": 2} | (
+    {"zero1": 2, "zero2": 2, "zero3": 2} if importlib.util.find_spec("deepspeed") else {}
+)
 STAGES = ("sft", "reward_model", "ppo_ptx")
 SIZES = {"small": {"width": 64, "layers": 2}, "large": {"width": 256, "layers": 8}}
 """With 4,096 words: 0.4 and 7.4 million weights."""
@@ -66,11 +71,11 @@ def compare(stage: str, size: str, rounds: int, folder: Path) -> dict:
             side.close()
     line = {"stage": stage, "size": size, "parameters": said["one"][0]["parameters"]}
     line |= {name: figures(turns) for name, turns in said.items()}
-    for name in ("ddp", "fsdp"):
+    for name in list(SIDES)[1:]:
         line[name]["speed_up"] = line["one"]["seconds"] / line[name]["seconds"]
         line[name]["cpu_speed_up"] = line["one"]["cpu_seconds"] / line[name]["cpu_seconds"]
         line[name] |= differences(said["one"][-1], said[name][-1])
-    line["fsdp"]["share_of_weights"] = said["fsdp"][0]["held"] / said["one"][0]["held"]
+        line[name]["share_of_weights"] = said[name][0]["held"] / said["one"][0]["held"]
     return line
 
 

@@ -52,7 +52,7 @@ class Trainers:
 
         self.player, self.turn, self.asked = player, 0, player.arguments
         self.size = models.Size(**self.asked["size"])
-        self.sharded = self.asked["side"] == "fsdp"
+        self.sharding = self.asked["side"] if self.asked["side"] not in ("one", "ddp") else "none"
         self.steps = STEPS["small" if self.size.layers == 2 else "large"]
         total = self.steps * (self.asked["rounds"] + 2)  # a turn more than there are, so that none ends with training
         self.total = total
@@ -109,8 +109,8 @@ class Trainers:
 
         from instructrl.trainers.sharding import shard
 
-        if self.sharded:
-            shard(model, args.device)
+        if self.sharding != "none":
+            shard(model, args.device, self.sharding)
         callbacks = [self.player.callback(self.steps, self.facts)]
         tokenizer = models.tokenizer(VOCABULARY)
         self.trainer = kind(model=model, args=args, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks)
@@ -130,7 +130,7 @@ class Trainers:
             response_length=48,
             ptx_coef=1.0,
             ptx_ratio=1.0,
-            sharding="fsdp" if self.sharded else "none",
+            sharding=self.sharding,
             **self.common,
         )
         rng = random.Random(0)
