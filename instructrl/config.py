@@ -718,6 +718,22 @@ class Recipe(Section):
     eval: Eval = Eval()
     runtime: Runtime = Runtime()
 
+    def goes_with_zero(self, muon: list[str]) -> None:
+        """Raises: ValueError: DeepSpeed cannot share what this trains. `muon` are the keys that ask for Muon."""
+        instead = f"is not for runtime.sharding={self.runtime.sharding}; set runtime.sharding=fsdp"
+        if muon:
+            raise ValueError(f"{', '.join(muon)}: Muon {instead}, or null there")
+        if self.model.dtype != "float32":
+            raise ValueError(f"model.dtype={self.model.dtype} {instead}, or model.dtype=float32")
+        if self.model.lora and self.runtime.zero == 3:
+            raise ValueError(f"model.lora {instead}")
+        for name in ("sft", "reward_model", "ppo_init"):
+            trainer = getattr(self, name).trainer
+            if trainer.get("optim", "adamw_torch") not in ("adamw_torch", "adamw_torch_fused"):
+                raise ValueError(f"{name}.trainer.optim={trainer['optim']} {instead}")
+            if trainer.get("fp16"):
+                raise ValueError(f"{name}.trainer.fp16 {instead}")
+
     @model_validator(mode="after")
     def sections_agree(self) -> "Recipe":
         if self.eval.judge == "gold" and not self.data.world:
@@ -766,12 +782,7 @@ class Recipe(Section):
             if self.model.lora and self.model.lora.quantization:
                 raise ValueError(f"model.lora.quantization is not for {sharding}; set runtime.sharding=none")
         if self.runtime.zero:
-            if muon:
-                raise ValueError(f"{muon[0]} is not for {sharding}, which is for AdamW; set it to null, or take fsdp")
-            if self.model.dtype != "float32":
-                raise ValueError(f"model.dtype={self.model.dtype} is not for {sharding}; set float32, or take fsdp")
-            if self.model.lora and self.runtime.zero == 3:
-                raise ValueError(f"model.lora is not for {sharding}; set runtime.sharding=fsdp")
+            self.goes_with_zero(muon)
         if self.model.lora and muon:
             raise ValueError(f"{muon[0]} is for all weights of small models; set it to null, or model.lora=null")
         if self.model.path is None and not (self.data.world or self.data.text):

@@ -167,7 +167,7 @@ def remedies(recipe: Recipe) -> Iterator[dict[str, dict[str, object]]]:
             yield {"runtime": {key: value}}
     if checkpointing:
         yield {"runtime": checkpointing}
-    sharing: dict[str, object] = {"sharding": "fsdp"} if runtime.ranks > 1 and runtime.sharding == "none" else {}
+    sharing: dict[str, object] = {"sharding": "fsdp"} if runtime.ranks > 1 and runtime.sharding != "fsdp" else {}
     if sharing:
         yield {"runtime": sharing}
     together: dict[str, object] = checkpointing | sharing

@@ -27,7 +27,8 @@ FREED = ("activations", "gradients")
 CAST = "weights in bfloat16"
 BUCKETS = "gradients in buckets"
 GATHERED = "gathered weights"
-MOMENTS, GRADIENTS = ("Adam's moments",), ("gradients",)
+COPY = "copy of the weights"
+MOMENTS, GRADIENTS = ("Adam's moments", COPY), ("gradients",)
 WEIGHTS = ("weights", "policy", "critic", "reward model", "reference", "moving average")
 SHARDED = {0: WEIGHTS + MOMENTS + GRADIENTS, 1: MOMENTS, 2: MOMENTS + GRADIENTS, 3: WEIGHTS + MOMENTS + GRADIENTS}
 """Of these each process holds a part, by the stage of DeepSpeed's ZeRO; 0 is `runtime.sharding=fsdp`."""
@@ -106,8 +107,7 @@ class Network:
     @property
     def moments(self) -> int:
         matrices = self.shape.matrix_weights * self.precision if self.muon else 0
-        copy = self.gradient if self.recipe.runtime.zero else 0  # DeepSpeed steps a copy of the weights
-        return 2 * self.gradient - matrices + copy
+        return 2 * self.gradient - matrices
 
     @property
     def buckets(self) -> int:
@@ -236,14 +236,23 @@ def phases(stage: str, recipe: Recipe, shape: Shape, device: Device) -> list[Pha
     beside = recipe.runtime.num_processes if distributed and device == "cpu" else 1
     shares = own.runtime.shares and stage != "eval"  # which reads one whole model at a time
     found = of[stage](stage, own, shape, device) if stage in of else ()
-    every = [(phase, shared(phase.parts, own.runtime) if shares else phase.parts) for phase in found]
+    every = [(phase, shared(phase, own, shape) if shares else phase.parts) for phase in found]
     return [Phase(phase.stage, phase.name, whole(parts, device, beside)) for phase, parts in every]
 
 
-def shared(parts: dict[str, int], runtime: Runtime) -> dict[str, int]:
-    """What one of the processes holds, where they share some of it."""
-    of_all = SHARDED[runtime.zero]
-    return {part: size // runtime.ranks if part in of_all else size for part, size in parts.items()}
+def shared(phase: Phase, recipe: Recipe, shape: Shape) -> dict[str, int]:
+    """What one of the processes holds, where they share some of it.
+
+    DeepSpeed steps a copy of the weights, and has room for the gradients of its third stage as long as it is there.
+    """
+    parts, stage = phase.parts, recipe.runtime.zero
+    if stage:
+        policy, scorer = Network(shape, recipe, "words").gradient, Network(shape, recipe, "scalar").gradient
+        trained = {"ppo": policy + scorer, "ppo_ptx": policy + scorer, "reward_model": scorer, "judge": scorer}
+        weights = trained.get(phase.stage, policy)
+        kept = {"gradients": max(weights, parts.get("gradients", 0))} if stage == 3 else {}
+        parts = parts | {COPY: weights} | kept
+    return {part: size // recipe.runtime.ranks if part in SHARDED[stage] else size for part, size in parts.items()}
 
 
 def own_share(stage: str, recipe: Recipe) -> Recipe:
@@ -411,7 +420,9 @@ def _updates(
     recipe, shape = policy.recipe, policy.shape
     section: PPO = getattr(recipe, stage)
     episodes, limit = section.batch_size // section.num_mini_batches, recipe.runtime.max_tokens
-    rows, copy = batch(episodes, length, limit), policy.gradient if section.ptx_coef else 0
+    rows = batch(episodes, length, limit)
+    copied = section.ptx_coef and not recipe.runtime.zero  # DeepSpeed keeps gradients for itself
+    copy = policy.gradient if copied else 0
     activations, cast = passes.activations(shape, rows * length, length), passes.cast(policy)
     if section.ptx_coef:
         documents, cut = round(section.ptx_ratio * episodes), min(section.ptx_max_length, shape.context)
@@ -424,7 +435,7 @@ def _updates(
             GATHERED: policy.gathered,
         }
         yield Phase(stage, "ptx", held | more)
-    earlier = policy.gradient if copy or rows < episodes else 0
+    earlier = policy.gradient if section.ptx_coef or rows < episodes else 0
     more = {
         "gradients": copy + earlier + policy.tied_gradient,
         "activations": activations,

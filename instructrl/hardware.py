@@ -81,10 +81,10 @@ def named(name: str, recipe: Recipe) -> Hardware:
     if name == "cpu":
         return cpu(recipe)
     if name not in GPUS:
-        close = closest(name, ["cpu", *GPUS])
+        near = closest(name, ["cpu", *GPUS])
+        close = [gpu for gpu in GPUS if gpu.startswith(f"{name}-")] or ([near] if near else [])
         raise UserError(
-            f"--on {name}: nothing is known of it.{did_you_mean([close] if close else [])} "
-            f"There is {', '.join(['cpu', *GPUS])}."
+            f"--on {name}: nothing is known of it.{did_you_mean(close)} There is {', '.join(['cpu', *GPUS])}."
         )
     return GPUS[name]
 

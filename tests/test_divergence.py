@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from instructrl.errors import StageFailed
 from instructrl.stages import models, ppo, ppo_init, pretrain, reward_model, sft
-from instructrl.stages.checkpoints import FOLDER, train
+from instructrl.stages.checkpoints import FOLDER, MARK, train
 from instructrl.stages.contract import Contract
 from instructrl.stages.divergence import Rows, Watch, sources
 from instructrl.stages.pretrain import make_tokenizer
@@ -189,6 +189,21 @@ def test_a_copy_from_a_gpu_is_looked_at_once_it_is_there():
     assert seen == [(1, [1.0])]  # the third waits for the second
     watch.settle(wait=True)
     assert seen == [(1, [1.0]), (2, [2.0]), (3, [3.0])]
+
+
+def test_a_checkpoint_counts_once_its_steps_numbers_were_looked_at(inputs, tmp_path, monkeypatch):
+    """They come late from a GPU, and DeepSpeed does not take a step whose gradients are not finite."""
+
+    def late(self, step, values):
+        self.copies.append((step, torch.stack(values), Arriving(100)))
+
+    monkeypatch.setattr(Watch, "look", late)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
+    saving = {"runtime": {"micro_batch_size": 4, "logging_steps": 100, "device": "cpu", "save_minutes": 1e-9}}
+    message = failure(sft, "sft", recipe(**saving), inputs, tmp_path)
+    step = int(re.search(r" at step (\d+);", message)[1])
+    assert message.endswith(f"The last good checkpoint is {tmp_path / FOLDER / f'checkpoint-{step - 1}'}.")
+    assert not (tmp_path / FOLDER / f"checkpoint-{step}" / MARK).exists()
 
 
 def test_rows_are_named_by_their_tables(tmp_path):

@@ -163,21 +163,26 @@ def test_processes_that_share_weights_hold_a_part_of_them():
 
 
 def test_each_stage_of_zero_shares_more():
-    """DeepSpeed steps a copy of the weights, which is shared as the moments are: 12 bytes a weight."""
+    """DeepSpeed steps a copy of the weights, which is shared as the moments are, and saved by nobody."""
     weights, found = SHAPE.policy + SHAPE.scalar, {}
     for sharding in ("zero1", "zero2", "zero3"):
         settings = recipe(runtime={"num_processes": 4, "sharding": sharding})
         every = estimate_memory.phases("ppo_ptx", settings, SHAPE, "cuda")
         found[sharding] = {phase.name: phase.parts for phase in every}
-        assert found[sharding]["step"]["Adam's moments"] == 12 * weights // 4
+        assert found[sharding]["step"]["Adam's moments"] == 8 * weights // 4
+        assert found[sharding]["step"]["copy of the weights"] == 4 * weights // 4
         assert found[sharding]["step"]["gradients in buckets"] == 4 * weights
     gradients = [of["step"]["gradients"] for of in found.values()]
     assert gradients[0] // 4 == gradients[1] == gradients[2]
+    assert ["gradients" in of["rollout"] for of in found.values()] == [False, False, True]
     policies = [of["step"]["policy"] for of in found.values()]
     assert policies[0] == policies[1] == 4 * SHAPE.policy
     assert policies[2] == SHAPE.policy
     gathered = ["gathered weights" in of["rollout"] for of in found.values()]
     assert gathered == [False, False, True]
+    settings = [recipe(runtime={"num_processes": 4, "sharding": sharding}) for sharding in ("none", "zero2")]
+    one, other = (workload.checkpoints("ppo_ptx", each, SHAPE) for each in settings)
+    assert one == other
 
 
 def test_processes_on_a_cpu_are_in_one_memory():
@@ -275,6 +280,7 @@ def test_what_fits_nowhere_says_so(instructrl: Instructrl, tmp_path: Path):
     ("arguments", "said"),
     [
         (["--on", "h10"], "--on h10: nothing is known of it. Did you mean h100?"),
+        (["--on", "a100"], "--on a100: nothing is known of it. Did you mean a100-80gb or a100-40gb?"),
         (["model.path=./nowhere", "runtime.device=cpu"], "model.path=./nowhere: there is no such folder"),
         ([], "runtime.device=cuda: this machine has no CUDA device"),
     ],

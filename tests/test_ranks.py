@@ -79,8 +79,14 @@ def changed(orders, runtime=(), model=(), **sections):
 FSDP = {"sharding": "fsdp"}
 
 
-def be_a_rank(rank, port):
-    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+def be_a_rank(rank, port, ranks=2):
+    environment = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": ranks,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     os.environ |= {name: str(value) for name, value in environment.items()}
 
 
@@ -198,7 +204,9 @@ def test_a_batch_that_ranks_cannot_share_is_refused_before_anything_runs(instruc
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"sft": {"muon_learning_rate": 0.01}}, "sft.muon_learning_rate is not for"),
+        ({"sft": {"muon_learning_rate": 0.01}}, "sft.muon_learning_rate: Muon is not for"),
+        ({"sft": {"trainer": {"optim": "adafactor"}}}, "sft.trainer.optim=adafactor is not for"),
+        ({"reward_model": {"trainer": {"fp16": True}}}, "reward_model.trainer.fp16 is not for"),
         ({"model": {"dtype": "bfloat16"}}, "model.dtype=bfloat16 is not for"),
         ({"model": {"lora": {}}}, "model.lora is not for"),
         ({"model": {"lora": {"quantization": "nf4"}}}, "model.lora.quantization is not for"),

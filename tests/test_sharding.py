@@ -52,11 +52,15 @@ pytestmark = pytest.mark.slow  # each starts two processes
 
 
 def on_two(work, *args):
-    torch.multiprocessing.spawn(as_rank, (test_ranks.free_port(), work, args), nprocs=2)
+    on_ranks(2, work, *args)
 
 
-def as_rank(rank, port, work, args):
-    test_ranks.be_a_rank(rank, port)
+def on_ranks(ranks, work, *args):
+    torch.multiprocessing.spawn(as_rank, (ranks, test_ranks.free_port(), work, args), nprocs=ranks)
+
+
+def as_rank(rank, ranks, port, work, args):
+    test_ranks.be_a_rank(rank, port, ranks)
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     work(rank, *args)

@@ -1,11 +1,15 @@
 """Two processes that share optimizer state, gradients and weights by DeepSpeed's ZeRO (gloo) beside one process."""
 
+import math
+import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before it is imported: else it takes a GPU
 pytest.importorskip("deepspeed", reason="pip install 'instructrl[deepspeed]'")
 sys.path.insert(0, str(Path(__file__).parent))  # for the processes that are started below
 
@@ -22,9 +26,10 @@ from test_sharding import adapters  # noqa: F401
 from instructrl.errors import StageFailed
 from instructrl.stages.sft import FastSFTTrainer
 from instructrl.trainers import zero
+from instructrl.trainers.muon import MuonAdamW, parameter_groups
 from instructrl.trainers.ppo import PPOTrainer
 from instructrl.trainers.ranking import KWiseRewardTrainer
-from instructrl.trainers.sharding import local, shard
+from instructrl.trainers.sharding import local, shard, whole
 
 pytestmark = pytest.mark.slow  # each starts two processes
 
@@ -62,12 +67,52 @@ def test_each_process_holds_its_part():
     test_sharding.on_two(check_parts)
 
 
+def check_uneven(rank):
+    """A third of nothing but odd numbers of weights, where memory held nans before."""
+    empty = torch.empty
+
+    def full_of_nan(*size, **options):
+        found = empty(*size, **options)
+        return found.fill_(math.nan) if found.is_floating_point() else found
+
+    model, plain = tiny.policy("gpt2", n_embd=10, vocab_size=301), tiny.policy("gpt2", n_embd=10, vocab_size=301)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", full_of_nan)
+        shard(model, torch.device("cpu"), "zero3")
+        assert all(torch.isfinite(local(p)).all() for p in model.parameters())
+        options = {"lr": 1e-2, "eps": 1e-2}
+        optimizer = zero.ZeroOptimizer(torch.optim.AdamW(model.parameters(), **options), [model], 3, False, 1.0)
+        expected = torch.optim.AdamW(plain.parameters(), **options)
+        for _ in range(2):
+            for each in (model, plain):
+                (test_sharding.logprobs_sum(each, tiny.sequences(4, 4, 9)) / 50).backward()
+            norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+            torch.testing.assert_close(optimizer.clip_and_step()[0], norm)
+            expected.step()
+            expected.zero_grad()
+        assert all(torch.isfinite(local(p)).all() for p in model.parameters())
+    test_sharding.same({name: whole(p) for name, p in model.named_parameters()}, dict(plain.named_parameters()))
+
+
+def test_what_does_not_divide_evenly_is_filled_with_zeros():
+    test_sharding.on_ranks(3, check_uneven)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, partial(torch.optim.AdamW, amsgrad=True), MuonAdamW])
+def test_another_optimizer_is_refused(kind):
+    model = tiny.policy("gpt2")
+    groups = parameter_groups(model, 0.1, 0.1) if kind is MuonAdamW else model.parameters()
+    with pytest.raises(ValueError, match="shares the moments of torch's AdamW"):
+        zero.ZeroOptimizer(kind(groups), [model], 2, False, 1.0)
+
+
 # ---- the stages
 
 SETTINGS = {
     "plain": {},
     "checkpointing": {"runtime": {"gradient_checkpointing": True}},
     "uneven": {"runtime": {"max_tokens": 30, "micro_batch_size": 1}},
+    "unclipped": {name: {"trainer": {"max_grad_norm": 0.0}} for name in ("sft", "reward_model")},
 }
 
 
@@ -121,34 +166,34 @@ def test_training_stops_where_it_diverges(made_orders, tmp_path):  # noqa: F811
 
 def interrupt_and_go_on(rank, port, orders, folder):
     test_ranks.be_a_rank(rank, port)
+    every = {"ddp": orders, "fsdp": changed(orders, runtime=test_ranks.FSDP)}
+    every |= {stage: zero_orders(orders, stage) for stage in STAGES}
     for stage in STAGES:
-        shared = zero_orders(orders, stage)
-        test_ranks.run_all(shared, folder / f"{stage}-whole")
-        for name, first, then in (
-            (f"{stage}-{stage}", shared, shared),
-            (f"{stage}-ddp", shared, orders),
-            (f"ddp-{stage}", orders, shared),
-            (f"{stage}-alone", shared, None),
-        ):
-            for of, order in first.items():
-                with pytest.MonkeyPatch.context() as patch:
-                    for kind in (FastSFTTrainer, KWiseRewardTrainer, PPOTrainer):
-                        patch.setattr(kind, "training_step", test_sharding.told_to_stop(kind.training_step, rank))
-                    with pytest.raises(SystemExit) as stopped:
-                        test_ranks.run_all({of: order}, folder / name)
-                assert stopped.value.code == 75
-            if then:
-                test_ranks.run_all(then, folder / name)
+        test_ranks.run_all(every[stage], folder / f"{stage}-whole")
+    for first, then in PAIRS:
+        for of, order in every[first].items():
+            with pytest.MonkeyPatch.context() as patch:
+                for kind in (FastSFTTrainer, KWiseRewardTrainer, PPOTrainer):
+                    patch.setattr(kind, "training_step", test_sharding.told_to_stop(kind.training_step, rank))
+                with pytest.raises(SystemExit) as stopped:
+                    test_ranks.run_all({of: order}, folder / f"{first}-{then}")
+            assert stopped.value.code == 75
+        if then != "alone":
+            test_ranks.run_all(every[then], folder / f"{first}-{then}")
 
 
-def test_what_was_interrupted_ends_to_the_bit_and_with_other_processes_to_rounding(made_orders, tmp_path):  # noqa: F811
+PAIRS = [(stage, then) for stage in STAGES for then in (stage, "ddp", "alone")] + [("ddp", stage) for stage in STAGES]
+PAIRS += [("zero1", "zero3"), ("zero3", "zero2"), ("zero2", "fsdp"), ("fsdp", "zero1")]
+
+
+def test_what_was_interrupted_ends_to_the_bit_and_otherwise_shared_to_rounding(made_orders, tmp_path):  # noqa: F811
     torch.multiprocessing.spawn(interrupt_and_go_on, (test_ranks.free_port(), made_orders, tmp_path), nprocs=2)
-    for stage in STAGES:
-        test_ranks.run_all(made_orders, tmp_path / f"{stage}-alone")
+    for first, then in PAIRS:
+        ended = tmp_path / f"{first}-{then}"
+        if then == "alone":
+            test_ranks.run_all(made_orders, ended)
+        measure = first if first in STAGES else "zero1"
         for of in made_orders:
-            whole = tmp_path / f"{stage}-whole" / of
-            assert test_ranks.difference(tmp_path / f"{stage}-{stage}" / of, whole) == 0
-            for name in (f"{stage}-ddp", f"ddp-{stage}", f"{stage}-alone"):
-                largest = test_ranks.difference(tmp_path / name / of, whole)
-                print(name, of, largest)
-                assert largest < 1e-5, (name, of)
+            largest = test_ranks.difference(ended / of, tmp_path / f"{measure}-whole" / of)
+            print(first, then, of, largest)
+            assert largest == 0 if first == then else largest < 1e-5, (first, then, of)

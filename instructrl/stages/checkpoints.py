@@ -1,11 +1,12 @@
 """Checkpoints one can resume from after a kill at any moment, and the log of a training stage."""
 
+import functools
 import json
 import math
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -47,6 +48,8 @@ class Checkpoints(TrainerCallback):
         self.save_seconds = save_minutes * 60
         self.stopping = False
         self.last_save = time.monotonic()
+        self.settle: Callable[[], None] = lambda: None
+        """Looks at what a GPU has not told yet, and raises where a step diverged."""
 
     def stop(self, *_: object) -> None:
         """The handler of SIGTERM."""
@@ -61,6 +64,7 @@ class Checkpoints(TrainerCallback):
 
     def on_save(self, args, state, control, **_):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self.settle()
         args.distributed_state.wait_for_everyone()
         if not folder.is_dir():  # the trainer put it off
             return
@@ -194,7 +198,8 @@ def train(trainer: Trainer, folder: Path, save_minutes: float = 10.0, tables: Se
         set_seed(trainer.args.seed + RANK_SEED * trainer.args.process_index)
     previous = signal.signal(signal.SIGTERM, checkpoints.stop)
     try:
-        with watched(trainer, tables, lambda: last_checkpoint(folder / FOLDER)):
+        with watched(trainer, tables, lambda: last_checkpoint(folder / FOLDER)) as watch:
+            checkpoints.settle = functools.partial(watch.settle, wait=True)
             loss = trainer.train(resume_from_checkpoint=resumed).training_loss
     finally:
         signal.signal(signal.SIGTERM, previous)

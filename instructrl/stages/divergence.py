@@ -31,11 +31,12 @@ class Rows:
 
 
 class Watch:
-    """Looks at the loss and the gradient norm of every optimizer step, before the step.
+    """Looks at the loss and the gradient norm of every optimizer step, before the step (after it with DeepSpeed, which
+    leaves a network as it was if its norm is not finite).
 
     A GPU computes behind the program: its numbers are copied without waiting for them and looked at once they are
     there, so that training never waits. There the stop comes a step or two late; weights that are not finite are
-    never saved either way (`check_finite`).
+    never saved either way (`check_finite`), and a checkpoint waits for all numbers before it counts.
 
     Args:
         tables: what the training set is made of, one table after the other.

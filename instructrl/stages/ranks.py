@@ -31,9 +31,14 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def sharded(recipe: Recipe) -> bool:
+def share_more(recipe: Recipe) -> bool:
     """Whether they share more than batches of what they train (`runtime.sharding`)."""
     return count() > 1 and recipe.runtime.sharding != "none"
+
+
+def sharded(recipe: Recipe) -> bool:
+    """Whether they share its weights."""
+    return count() > 1 and recipe.runtime.sharding in ("fsdp", "zero3")
 
 
 def share(items: Sequence[Any]) -> list[Any]:

@@ -58,7 +58,7 @@ def run(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path) -> dic
     fed = singles(rows) if recipe.reward_model.shuffle_pairs else rows
     arguments = trainer_arguments(RewardConfig, in_steps(recipe, len(fed) / len(rows)), "reward_model", folder / FOLDER)
     arguments.seed = seed
-    if ranks.sharded(recipe):
+    if ranks.share_more(recipe):
         shard(trained, arguments.device, recipe.runtime.sharding)
     trainer = KWiseRewardTrainer(
         model=trained,

@@ -71,7 +71,7 @@ def fine_tune(name: str, recipe: Recipe, inputs: dict[str, Path], folder: Path, 
     documents = draw(contract, limits, len(rows)) if draw else []
 
     args = arguments(recipe, folder / FOLDER, name)
-    if ranks.sharded(recipe):
+    if ranks.share_more(recipe):
         shard(model, args.device, recipe.runtime.sharding)
     trainer = FastSFTTrainer(
         model=model,

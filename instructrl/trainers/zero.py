@@ -56,6 +56,11 @@ def settings(stage: int, bf16: bool = False, max_grad_norm: float = 0.0) -> dict
 def partition(model: nn.Module) -> None:
     """Stage 3: of each parameter this process keeps an equal part."""
     deepspeed.zero.Init(module=model, config_dict_or_path=settings(3))
+    rank = torch.distributed.get_rank()
+    for parameter in model.parameters():
+        part = parameter.ds_tensor
+        filled = max(0, parameter.ds_numel - rank * part.numel())
+        part.data[filled:].zero_()  # DeepSpeed leaves there what was in memory: a nan, if it happens so
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
@@ -67,7 +72,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
     Args:
         optimizer: what one process would have: its groups are taken over. No network has a group with another.
         networks: each is clipped by itself.
-        max_grad_norm: what their gradients are clipped to.
+        max_grad_norm: what their gradients are clipped to; 0: not.
+
+    Raises:
+        ValueError: it is another optimizer than AdamW, which would see weights without their shapes.
     """
 
     def __init__(
@@ -78,6 +86,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         bf16: bool,
         max_grad_norm: float,
     ) -> None:
+        if type(optimizer) is not torch.optim.AdamW or optimizer.defaults["amsgrad"]:
+            raise ValueError(f"DeepSpeed shares the moments of torch's AdamW here, not of {type(optimizer).__name__}")
         self.parameters = [group["params"] for group in optimizer.param_groups]
         self.engines, shared = [], {}  # the groups that DeepSpeed steps, by their numbers
         for network in networks:
@@ -95,7 +105,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.param_groups = [shared.get(number, group) for number, group in enumerate(optimizer.param_groups)]
 
     def clip_and_step(self) -> list[Tensor]:
-        """Every network's step -> the norm of each one's gradients before clipping."""
+        """Every network's step -> the norm of each one's gradients before clipping.
+
+        Where it is not finite, DeepSpeed leaves that network as it was.
+        """
         for engine in self.engines:
             engine.step()
         norms = [(engine.get_global_grad_norm(), engine.device) for engine in self.engines]
