@@ -1,7 +1,6 @@
 """One base model for the four roles of PPO: nothing of it twice, nothing of it trained, and each computes as alone."""
 
 import json
-import socket
 
 import adapted_models
 import pytest
@@ -162,18 +161,20 @@ def test_only_recipes_with_adapters_have_new_versions():
             assert ("pretrain" in made[name].needs) == (settings is adapted or name in ("sft", "ppo_init"))
 
 
+def as_rank(rank, port, orders, folder):
+    test_ranks.be_a_rank(rank, port)
+    test_ranks.run_all(orders, folder)
+
+
 @pytest.mark.slow
 def test_two_ranks_end_where_one_process_does(inputs, tmp_path):  # noqa: F811
     """Each rank has the base once, and frozen weights are in nobody's gradients. Measured: at most 1.7e-7."""
     if merged(inputs, "sft").config.model_type == "gpt2":
         pytest.skip("GPT-2's own dropout is another on each rank")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     settings = recipe(lora={"dropout": 0.0}, sft={"residual_dropout": 0}, runtime={"threads": 1})
     orders = dict.fromkeys(("sft", "reward_model", "ppo_ptx"), (settings, inputs))
     two, alone = tmp_path / "two", tmp_path / "alone"
-    torch.multiprocessing.spawn(test_ranks.train, (port, orders, two), nprocs=2)
+    torch.multiprocessing.spawn(as_rank, (test_ranks.free_port(), orders, two), nprocs=2)
     test_ranks.run_all(orders, alone)
     for name in orders:
         assert test_ranks.difference(two / name, alone / name) < 1e-5, name

@@ -156,12 +156,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         for engine in self.engines:
             begin(engine.optimizer, steps)
             link(engine.optimizer)
-        number = 0
-        for _, own in self.owned():
-            for parameter in own:
-                for name in MOMENTS:
-                    give_moment(parameter, name, state_dict["state"][number][name].to(self.engines[0].device))
-                number += 1
+        every = [parameter for _, own in self.owned() for parameter in own]
+        for number, moments in state_dict["state"].items():  # none of a weight that never had a gradient
+            for name in MOMENTS:
+                give_moment(every[number], name, moments[name].to(self.engines[0].device))
 
     def owned(self) -> Iterator[tuple[Any, list[nn.Parameter]]]:
         """Each group's engine and parameters."""
@@ -184,7 +182,7 @@ def flat_weights(shared: Any) -> list[Tensor]:
 
 
 def link(shared: Any) -> None:
-    """Tell stages 1 and 2 where each weight's moments are, which they look up once, at their first step."""
+    """Tell stages 1 and 2 where each weight's moments are: they look once, when the first group alone has some."""
     for flat, weights in zip(flat_weights(shared), getattr(shared, "bit16_groups", ()), strict=False):
         for weight in weights:
             if weight._hp_mapping is not None:  # this process has a part of it
