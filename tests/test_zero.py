@@ -164,13 +164,18 @@ def test_training_stops_where_it_diverges(made_orders, tmp_path):  # noqa: F811
 # ---- interrupted
 
 
-def interrupt_and_go_on(rank, port, orders, folder):
+PAIRS = [(stage, then) for stage in STAGES for then in (stage, "ddp", "alone")] + [("ddp", stage) for stage in STAGES]
+PAIRS += [("zero1", "zero3"), ("zero3", "zero2"), ("zero2", "fsdp"), ("fsdp", "zero1")]
+OF_ADAPTERS = [("zero1", "zero2"), ("zero2", "zero2"), ("zero2", "alone"), ("ddp", "zero1")]
+
+
+def interrupt_and_go_on(rank, port, orders, folder, pairs):
     test_ranks.be_a_rank(rank, port)
     every = {"ddp": orders, "fsdp": changed(orders, runtime=test_ranks.FSDP)}
     every |= {stage: zero_orders(orders, stage) for stage in STAGES}
-    for stage in STAGES:
-        test_ranks.run_all(every[stage], folder / f"{stage}-whole")
-    for first, then in PAIRS:
+    for measure in sorted({measure_of(first) for first, _ in pairs}):
+        test_ranks.run_all(every[measure], folder / f"{measure}-whole")
+    for first, then in pairs:
         for of, order in every[first].items():
             with pytest.MonkeyPatch.context() as patch:
                 for kind in (FastSFTTrainer, KWiseRewardTrainer, PPOTrainer):
@@ -182,18 +187,20 @@ def interrupt_and_go_on(rank, port, orders, folder):
             test_ranks.run_all(every[then], folder / f"{first}-{then}")
 
 
-PAIRS = [(stage, then) for stage in STAGES for then in (stage, "ddp", "alone")] + [("ddp", stage) for stage in STAGES]
-PAIRS += [("zero1", "zero3"), ("zero3", "zero2"), ("zero2", "fsdp"), ("fsdp", "zero1")]
+def measure_of(first):
+    """The undisturbed run that one begun so is compared with."""
+    return first if first in STAGES else "zero1"
 
 
-def test_what_was_interrupted_ends_to_the_bit_and_otherwise_shared_to_rounding(made_orders, tmp_path):  # noqa: F811
-    torch.multiprocessing.spawn(interrupt_and_go_on, (test_ranks.free_port(), made_orders, tmp_path), nprocs=2)
-    for first, then in PAIRS:
+@pytest.mark.parametrize(("kind", "pairs"), [("made_orders", PAIRS), ("adapters", OF_ADAPTERS)])
+def test_what_was_interrupted_ends_to_the_bit_and_otherwise_shared_to_rounding(request, tmp_path, kind, pairs):
+    orders = request.getfixturevalue(kind)
+    torch.multiprocessing.spawn(interrupt_and_go_on, (test_ranks.free_port(), orders, tmp_path, pairs), nprocs=2)
+    for first, then in pairs:
         ended = tmp_path / f"{first}-{then}"
         if then == "alone":
-            test_ranks.run_all(made_orders, ended)
-        measure = first if first in STAGES else "zero1"
-        for of in made_orders:
-            largest = test_ranks.difference(ended / of, tmp_path / f"{measure}-whole" / of)
+            test_ranks.run_all(orders, ended)
+        for of in orders:
+            largest = test_ranks.difference(ended / of, tmp_path / f"{measure_of(first)}-whole" / of)
             print(first, then, of, largest)
             assert largest == 0 if first == then else largest < 1e-5, (first, then, of)
