@@ -360,9 +360,11 @@ def test_two_sweeps_at_once_build_what_they_share_once(here: Path, spawn: Spawn)
     assert len(list(here.glob("artifacts/ppo/*/manifest.json"))) == 3
 
 
-def test_a_stage_waits_for_memory(here: Path, spawn: Spawn, instructrl: Instructrl, fakes: None) -> None:
+def test_a_stage_waits_for_memory(here: Path, spawn: Spawn) -> None:
     # Not in this process: Linux counts what a process was forked from, and this one is large.
-    assert spawn("ppo", "recipe=base.yaml").communicate(timeout=60) is not None
+    process = spawn("ppo", "recipe=base.yaml")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
     [known] = here.glob("artifacts/ppo/*/manifest.json")
     took = json.loads(known.read_text())["made"]["memory"]  # bytes
     assert 10e6 < took < 1e9

@@ -23,6 +23,7 @@ from test_reward_model import sft as rated_policy  # noqa: F401
 from test_sft import inputs as sft_inputs  # noqa: F401
 from test_sharding import adapters  # noqa: F401
 
+from instructrl import estimate_memory
 from instructrl.errors import StageFailed
 from instructrl.stages.sft import FastSFTTrainer
 from instructrl.trainers import zero
@@ -52,8 +53,8 @@ def check_parts(rank):
         optimizer = zero.ZeroOptimizer(torch.optim.AdamW(model.parameters()), [model], stage, False, 1.0)
         for _ in range(2):
             test_sharding.logprobs_sum(model, tiny.sequences(2, 4, 9)).backward()
-        whole = [p for p in model.parameters() if p.grad is not None and p.grad.numel() > 1]
-        assert bool(whole) == (stage == 1)  # the others have given theirs away
+        kept = [p for p in model.parameters() if p.grad is not None and p.grad.numel() > 1]
+        assert bool(kept) == (stage == 1)  # the others have given theirs away
         (norm,) = optimizer.clip_and_step()
         assert norm > 0
         (engine,) = optimizer.engines
@@ -65,6 +66,11 @@ def check_parts(rank):
 
 def test_each_process_holds_its_part():
     test_sharding.on_two(check_parts)
+
+
+def test_the_estimate_knows_the_bucket():
+    for stage in (1, 2, 3):
+        assert 4 * zero.settings(stage)["zero_optimization"]["reduce_bucket_size"] == estimate_memory.BUCKET
 
 
 def check_uneven(rank):

@@ -48,7 +48,6 @@ def settings(stage: int, bf16: bool = False, max_grad_norm: float = 0.0) -> dict
         },
         # As without DeepSpeed: products in bfloat16, weights and what is sent of gradients in float32.
         "torch_autocast": {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
-        "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
     }
 
